@@ -1,0 +1,210 @@
+"""The door between the balancer and a device family, and the discovery of who stands behind it.
+
+A backend owns what differs between devices and nothing else: the process group that balancing uses, the
+streams that copies run on, how an expert's weights are sent and swapped, and how token ids become physical
+experts. Which tensors are an expert's weights is the integration's knowledge.
+
+Threads: *forward* is the thread that runs the model, *background* the one that runs the balancing cycle.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+CONTRACT_VERSION = 1
+"""Raised when a backend written for the old contract would do wrong under the new one."""
+
+NAMESPACE = "eplb_platform.backends"
+
+
+class BackendError(RuntimeError):
+    """A backend cannot be used; the message says which one and why."""
+
+
+class GroupError(RuntimeError):
+    """An operation of the process group failed or timed out: the group must be rebuilt before its next use."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used on this machine."""
+
+    usable: bool
+    reason: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One tensor that travels to or from one peer. Both sides list the messages of a pair in the same order."""
+
+    peer: int
+    tensor: torch.Tensor
+
+
+class StreamOperations(ABC):
+    """Order between the forward stream and the transfer stream of one device.
+
+    Injected into a backend, so that a simulated accelerator can stand in for the device's own streams.
+    """
+
+    @abstractmethod
+    def transfer(self) -> AbstractContextManager[None]:
+        """Enter the transfer stream. Background thread: copies enqueued inside overlap the forward pass."""
+
+    @abstractmethod
+    def record(self) -> object:
+        """Mark this point of the current stream. The mark stays valid until it is garbage collected."""
+
+    @abstractmethod
+    def wait(self, mark: object) -> None:
+        """Make the current stream, not the calling thread, wait until `mark` has passed."""
+
+    @abstractmethod
+    def passed(self, mark: object) -> bool:
+        """Whether the device has passed `mark`. Never blocks."""
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy `source` into `target` on the current stream without synchronising the calling thread."""
+
+
+class DeviceTimer(Protocol):
+    """Measures time on the device between two points of the current stream."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def elapsed_ms(self) -> float | None:
+        """Milliseconds between start and stop; None while the device has not passed both."""
+        ...
+
+
+class Backend(ABC):
+    """One device family: its collectives, streams and weight movement.
+
+    The group's methods (`connect` to `exchange`) are called from one thread at a time: `connect` and `warm_up`
+    at start, everything else by the background thread. `abort` and `close` may come from any thread.
+    """
+
+    name: ClassVar[str]
+    device_type: ClassVar[str]
+    """As in `torch.device.type`."""
+    collective: ClassVar[str]
+    """The library that moves weights: gloo, nccl, hccl."""
+    contract_version: ClassVar[int] = CONTRACT_VERSION
+
+    def __init__(self, streams: StreamOperations | None = None) -> None:
+        self.streams = streams if streams is not None else self.default_streams()
+
+    @classmethod
+    @abstractmethod
+    def availability(cls) -> Availability:
+        """Say whether this machine can run the backend. Cheap, never raises, imports only its own vendor library."""
+
+    @abstractmethod
+    def default_streams(self) -> StreamOperations:
+        """The device's own stream operations."""
+
+    # --- the group that balancing uses, apart from the model's own groups ---
+
+    @abstractmethod
+    def connect(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
+        """Create the group; every rank calls it once at start. No operation outlives `timeout_s` seconds."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Touch every pair of ranks once, so that no connection is set up later. Every rank, right after connect."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close the group at once: operations pending here and on its peers end with `GroupError`.
+
+        No tensor given to `exchange` is written after this returns. Idempotent.
+        """
+
+    @abstractmethod
+    def rebuild(self, epoch: int) -> None:
+        """Replace an aborted group. Every rank calls it with the same new `epoch`; raises `GroupError` on time-out."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the group and its threads. The backend is not used afterwards. Idempotent."""
+
+    # --- what the background thread sends ---
+
+    @abstractmethod
+    def sum_on_host(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Element-wise sum over all ranks of an array of one shape, on every rank. Raises `GroupError`."""
+
+    @abstractmethod
+    def broadcast_on_host(self, values: NDArray[np.int64], source: int) -> NDArray[np.int64]:
+        """The array of rank `source` on every rank; others pass an array of the same shape. Raises `GroupError`."""
+
+    @abstractmethod
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Move weights between ranks; returns when every tensor is received and every sent one may change again.
+
+        Called inside `streams.transfer()`. Received tensors are only to be read by streams that waited for a mark
+        recorded afterwards. Raises `GroupError`; what was received is then undefined.
+        """
+
+    # --- weights ---
+
+    @abstractmethod
+    def allocate_staging(self, parameter: Sequence[torch.Tensor] | torch.Tensor, slots: int) -> Sequence[torch.Tensor]:
+        """Room for `slots` experts of one parameter, one tensor per staged expert. Called at start only.
+
+        `parameter` is a stacked tensor [slots, ...] or one tensor per slot; `parameter[slot]` is an expert's.
+        """
+
+    @abstractmethod
+    def swap_in(
+        self,
+        parameter: Sequence[torch.Tensor] | torch.Tensor,
+        slots: Sequence[int],
+        staging: Sequence[torch.Tensor],
+        rows: Sequence[int],
+    ) -> None:
+        """Overwrite `parameter[slots[i]]` in place with `staging[rows[i]]`. Forward thread, on the forward stream."""
+
+    @abstractmethod
+    def checksum(self, tensors: Sequence[torch.Tensor]) -> int:
+        """A 63-bit checksum of the bytes of one expert's tensors, the same on every rank for the same bytes."""
+
+    # --- the forward path ---
+
+    @abstractmethod
+    def map_and_record(
+        self,
+        logical_ids: torch.Tensor,
+        logical_to_physical: torch.Tensor,
+        replica_count: torch.Tensor,
+        load: torch.Tensor | None,
+        offset: int = 0,
+    ) -> torch.Tensor:
+        """Replace logical by physical expert ids and count them. Forward thread, no synchronisation.
+
+        logical_ids: int [tokens, top_k]; an id of -1 marks padding: it stays -1 and is not counted.
+        logical_to_physical: int [logical, width], row of one expert: its replicas, the first `replica_count` valid.
+        replica_count: int [logical].
+        load: int64 [physical], incremented in place by the tokens sent to each slot; None records nothing.
+        offset: added to the token's row before the replica is chosen, so that ranks do not all choose the first.
+        Returns int64 [tokens, top_k]; equal for equal arguments.
+        """
+
+    @abstractmethod
+    def timer(self) -> DeviceTimer:
+        """A new timer for the current device."""
