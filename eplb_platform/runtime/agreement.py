@@ -1,0 +1,121 @@
+"""How all ranks agree without a collective: named places where each offers a number and the first verdict stands.
+
+A place holds one verdict, written by compare-and-set: `agreed N` by the rank that arrived last, or `failed WHY` or
+`cancelled WHY` by any rank. A rank that has offered acts on the verdict and on nothing else, so all ranks do the
+same. The key `end` of a cycle only carries the news to ranks that wait at other places; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from eplb_platform.runtime.ports import Clock, ControlPlane
+
+FIRST_POLL_S = 0.0005
+SLOWEST_POLL_S = 0.01
+
+
+class CycleAborted(RuntimeError):
+    """The cycle ended before its end; the message says which rank ended it and why."""
+
+    def __init__(self, reason: str, *, is_cancelled: bool) -> None:
+        super().__init__(reason)
+        self.is_cancelled = is_cancelled
+        """A rank asked for the end (paused, closing); nothing failed."""
+
+
+class Disagreement(ValueError):
+    """Offers that must not differ do."""
+
+
+def same(offers: Sequence[int]) -> int:
+    """The one number that all ranks offered; raises `Disagreement` that names the ranks that differ from rank 0."""
+    differing = [rank for rank, offer in enumerate(offers) if offer != offers[0]]
+    if differing:
+        raise Disagreement(f"rank {', '.join(map(str, differing))} differs from rank 0")
+    return offers[0]
+
+
+class Agreement:
+    """The places of one cycle, as one rank sees them."""
+
+    def __init__(
+        self, plane: ControlPlane, clock: Clock, *, cycle: int, rank: int, num_ranks: int, is_ending: Callable[[], str]
+    ) -> None:
+        self._plane = plane
+        self._clock = clock
+        self._prefix = f"cycle/{cycle}"
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._is_ending = is_ending
+        self._end_key = f"{self._prefix}/end"
+        self._keys = [self._end_key] if rank == 0 else []
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Keys that this rank deletes once every rank has left the cycle."""
+        return self._keys
+
+    async def agree(
+        self,
+        place: str,
+        offer: int = 0,
+        choose: Callable[[Sequence[int]], int] = max,
+        *,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Offer a number, wait for every other rank's, and return what `choose` makes of them all.
+
+        Raises `CycleAborted` when any rank ended the cycle, or after `timeout_s` seconds (None waits without a
+        limit: for places that ranks reach only as their forward passes go on, and an idle engine makes none).
+        """
+        key = f"{self._prefix}/{place}"
+        offers = [f"{key}/{rank}" for rank in range(self._num_ranks)]
+        self._keys += [offers[self._rank], *((key, f"{key}/count") if self._rank == 0 else ())]
+        await self._plane.settle(offers[self._rank], str(offer))
+        if await self._plane.count(f"{key}/count") == self._num_ranks:
+            await self._plane.settle(key, self._verdict(await self._plane.read_all(offers), choose))
+        return await self._learn(key, place, timeout_s)
+
+    async def settle_as_failed(self, place: str, reason: str) -> int:
+        """End a place whose verdict this rank failed to learn: returns the number if others had agreed first."""
+        return self._act_on(await self._plane.settle(f"{self._prefix}/{place}", f"failed {reason}"))
+
+    async def announce_failure(self, reason: str) -> str:
+        """Tell ranks that wait anywhere in this cycle that it is over; returns the reason that stands."""
+        return (await self._plane.settle(self._end_key, f"failed {reason}")).partition(" ")[2]
+
+    async def _learn(self, key: str, place: str, timeout_s: float | None) -> int:
+        started, pause = self._clock.now(), FIRST_POLL_S
+        while (verdict := await self._plane.read(key)) is None:
+            ending = await self._ending(place, started, timeout_s)
+            if ending is not None:
+                verdict = await self._plane.settle(key, ending)
+                break
+            await self._clock.sleep(pause)
+            pause = min(pause * 1.5, SLOWEST_POLL_S)
+        return self._act_on(verdict)
+
+    async def _ending(self, place: str, started: float, timeout_s: float | None) -> str | None:
+        """The verdict that this rank would write for the place now, if any."""
+        if wish := self._is_ending():
+            return await self._plane.settle(self._end_key, f"cancelled rank {self._rank}: {wish}")
+        if (ending := await self._plane.read(self._end_key)) is not None:
+            return ending
+        if timeout_s is not None and self._clock.now() - started > timeout_s:
+            return f"failed rank {self._rank}: not every rank reached {place!r} within {timeout_s:g} s"
+        return None
+
+    @staticmethod
+    def _act_on(verdict: str) -> int:
+        word, _, rest = verdict.partition(" ")
+        if word != "agreed":
+            raise CycleAborted(rest, is_cancelled=word == "cancelled")
+        return int(rest)
+
+    @staticmethod
+    def _verdict(offers: Sequence[str], choose: Callable[[Sequence[int]], int]) -> str:
+        try:
+            return f"agreed {choose([int(offer) for offer in offers])}"
+        except Disagreement as disagreement:
+            return f"failed {disagreement}"

@@ -1,0 +1,274 @@
+"""The balancer that an engine calls once after every forward pass."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.config import EplbConfig
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.heat import HeatWindows, Phase
+from eplb_platform.migration.schedule import Chunk
+from eplb_platform.runtime.cycle import Cycle, CycleReport, CycleRules, Outcome, RankLink, Stage
+from eplb_platform.runtime.ports import Planner, Recorder, run_blocking
+from eplb_platform.runtime.production import BackgroundThread
+from eplb_platform.runtime.served_model import ServedModel
+from eplb_platform.runtime.stats import BalancerStats
+
+if TYPE_CHECKING:
+    from eplb_platform.migration.transfer import Migrator
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TIMEOUTS = 2.0
+"""The forward thread waits for a decision at most this many transfer time-outs."""
+
+
+class LockedHeat:
+    """The rank's heat windows, shared by the forward thread that records and the background thread that reads."""
+
+    def __init__(self, windows: HeatWindows) -> None:
+        self._windows = windows
+        self._lock = threading.Lock()
+
+    def record(self, load: NDArray[np.int64] | None, expert_map: ExpertMap, phase: Phase, is_dummy: bool) -> None:
+        with self._lock:
+            self._windows.record(load, expert_map, phase=phase, is_dummy=is_dummy)
+
+    def fold(self, expert_map: ExpertMap) -> None:
+        with self._lock:
+            self._windows.fold(expert_map)
+
+    def completed_windows(self) -> int:
+        with self._lock:
+            return self._windows.completed_windows
+
+    def windows_until(self, end: int) -> NDArray[np.int64]:
+        with self._lock:
+            return self._windows.windows_until(end)
+
+
+class Balancer:
+    """Watches one model's expert load and re-places its experts while it serves.
+
+    Every rank of the expert-parallel group has one and calls `step` once after every forward pass, dummy passes
+    included, so that all ranks count the same passes. Built by `start_balancer`.
+    """
+
+    def __init__(
+        self,
+        config: EplbConfig,
+        model: ServedModel,
+        link: RankLink,
+        rules: CycleRules,
+        *,
+        heat: LockedHeat,
+        migrator: Migrator | None,
+        planner: Planner,
+        recorder: Recorder | None,
+        background: BackgroundThread,
+        on_stage: Callable[[Stage], None] | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.stats = BalancerStats()
+        self._model = model
+        self._expert_map = model.expert_map
+        self._link = link
+        self._rules = rules
+        self._heat = heat
+        self._migrator = migrator
+        self._planner = planner
+        self._recorder = recorder
+        self._background = background
+        self._observe_stage = on_stage
+        self._on_close = on_close
+        self._stage: Stage | None = None
+        self._next_cycle = 0
+        self._last_start = 0
+        self._is_requested = False
+        self._is_paused = False
+        self._is_closed = False
+
+    # --- the engine's calls, all on the forward thread ---
+
+    def step(
+        self,
+        physical_load: NDArray[np.int64] | None = None,
+        *,
+        phase: Phase = Phase.MIXED,
+        is_dummy: bool = False,
+    ) -> None:
+        """A forward pass has ended: record its load, commit what was agreed for now, start a cycle when one is due.
+
+        physical_load: [layers, physical], tokens that this rank sent to each slot in the pass; None for none.
+        Raises `ForwardStopped` when this rank cannot learn whether to commit: it must then not serve on.
+        """
+        started = self._link.clock.now()
+        self.stats.steps += 1
+        self.stats.dummy_steps += is_dummy
+        self._heat.record(physical_load, self._expert_map, phase, is_dummy)
+        chunk = self._pass_boundary()
+        if chunk is not None:
+            self._commit(chunk)
+        if self._is_due():
+            self._start_cycle()
+        stall = self._link.clock.now() - started
+        self.stats.stall_s += stall
+        self.stats.longest_stall_s = max(self.stats.longest_stall_s, stall)
+
+    def pause(self) -> None:
+        """Move nothing until `resume`; a running cycle ends on every rank before its next commit is agreed."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._is_paused = False
+
+    def rebalance_now(self) -> None:
+        """Start a cycle at the next step instead of at the end of the interval.
+
+        Call it on every rank: a rank that was not asked joins only when its own interval ends.
+        """
+        self._is_requested = True
+
+    def close(self) -> None:
+        """End the running cycle, stop the background thread and give back the group. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with self._link.gate.changed:
+            self._link.gate.changed.notify_all()
+        if not self._background.close(self._rules.timeout_s):
+            logger.warning("rank %d: the background thread is still in %s", self._link.rank, self.state)
+        if self._on_close is not None:
+            self._on_close()
+
+    # --- what can be seen ---
+
+    @property
+    def expert_map(self) -> ExpertMap:
+        """The map that this rank routes by."""
+        return self._expert_map
+
+    @property
+    def state(self) -> str:
+        """closed, paused, idle, or the stage of the running cycle."""
+        if self._stage is not None:
+            return str(self._stage)
+        return "closed" if self._is_closed else "paused" if self._is_paused else "idle"
+
+    def snapshot(self) -> Mapping[str, object]:
+        """This rank's state as plain data for JSON."""
+        return {
+            "rank": self._link.rank,
+            "state": self.state,
+            "physical_to_logical": self._expert_map.physical_to_logical.tolist(),
+            **self.stats.as_dict(),
+        }
+
+    # --- committing ---
+
+    def _pass_boundary(self) -> Chunk | None:
+        started = self._link.clock.now()
+        try:
+            return self._link.gate.pass_boundary(ANSWER_TIMEOUTS * self._rules.timeout_s)
+        finally:
+            self.stats.longest_wait_s = max(self.stats.longest_wait_s, self._link.clock.now() - started)
+
+    def _commit(self, chunk: Chunk) -> None:
+        if self._migrator is None:
+            raise RuntimeError("a commit was agreed for a balancer that only observes")
+        self._heat.fold(self._expert_map)
+        self._migrator.swap(chunk)
+        self._model.apply_map(chunk.layers, chunk.map_after)
+        self._expert_map = chunk.map_after
+        self.stats.commits += 1
+        if self.stats.first_commit_step is None:
+            self.stats.first_commit_step = self.stats.steps
+        self._link.gate.committed()
+
+    # --- cycles ---
+
+    def _is_due(self) -> bool:
+        if not self.config.observes or self._is_paused or self._is_closed or self._background.is_busy:
+            return False
+        interval = self.config.expert_heat_collection_interval
+        return self._is_requested or self.stats.steps - self._last_start >= interval
+
+    def _start_cycle(self) -> None:
+        self._is_requested = False
+        self._last_start = self.stats.steps
+        number, self._next_cycle = self._next_cycle, self._next_cycle + 1
+        cycle = Cycle(
+            number,
+            self._link,
+            self._rules,
+            heat=self._heat,
+            planner=self._planner,
+            recorder=self._recorder,
+            current_map=lambda: self._expert_map,
+            is_ending=self._why_end,
+            on_stage=self._enter,
+        )
+        self._background.start(lambda: self._run(cycle))
+
+    def _run(self, cycle: Cycle) -> None:
+        try:
+            self._account(run_blocking(cycle.run()))
+        finally:
+            self._stage = None
+
+    def _why_end(self) -> str:
+        return "closing" if self._is_closed else "paused" if self._is_paused else ""
+
+    def _enter(self, stage: Stage) -> None:
+        self._stage = stage
+        if self._observe_stage is not None:
+            self._observe_stage(stage)
+
+    def _account(self, report: CycleReport) -> None:
+        stats = self.stats
+        stats.moved_experts += report.moved_experts
+        stats.skipped_layers += len(report.skipped_layers)
+        stats.planning_s += report.seconds.get(Stage.PLAN, 0.0)
+        stats.transfer_s += report.seconds.get(Stage.FETCH, 0.0)
+        if self._migrator is not None:
+            stats.bytes_received = self._migrator.bytes_received
+        if report.outcome is Outcome.FAILED:
+            stats.failed_cycles += 1
+            stats.last_error = report.reason
+        elif report.outcome is Outcome.CANCELLED:
+            stats.cancelled_cycles += 1
+        else:
+            stats.cycles += 1
+            stats.last_success_step = stats.steps
+        self._account_record(report)
+        self._log(report)
+
+    def _account_record(self, report: CycleReport) -> None:
+        if report.record_error:
+            self.stats.failed_records += 1
+            self.stats.last_error = report.record_error
+            logger.warning("cycle %d: the expert map was not recorded: %s", report.number, report.record_error)
+        elif Stage.RECORD in report.seconds:
+            self.stats.records_written += 1
+
+    def _log(self, report: CycleReport) -> None:
+        """One line for each cycle from the rank that plans; failures from every rank that saw one."""
+        if report.outcome is Outcome.FAILED:
+            logger.warning(
+                "cycle %d failed after %d commits, the map in force stays: %s",
+                report.number, report.chunks_committed, report.reason,
+            )  # fmt: skip
+        elif self._link.rank == 0:
+            logger.info(
+                "cycle %d: %s, %d experts in %d commits%s",
+                report.number, report.outcome, report.moved_experts, report.chunks_committed,
+                f" ({report.reason})" if report.reason else "",
+            )  # fmt: skip

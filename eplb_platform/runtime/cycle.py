@@ -1,0 +1,318 @@
+"""One balancing cycle on one rank: collect, plan, transfer, commit, record.
+
+Every rank runs the same cycle in its background thread. Ranks meet at agreed places before they enter an operation
+of the group, so that a rank that failed earlier never leaves others inside one. Whatever goes wrong, the cycle ends
+on every rank and the map in force stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.balance import moved_experts
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.migration.schedule import Chunk, build_schedule
+from eplb_platform.runtime.agreement import Agreement, CycleAborted, same
+from eplb_platform.runtime.gate import CommitGate
+from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+PLANNING_RANK = 0
+"""The rank that plans and records."""
+
+
+class Stage(StrEnum):
+    """Where a cycle is; the names that logs, `Balancer.state` and stage observers use."""
+
+    START = "start"
+    REBUILD = "rebuild"
+    COLLECT = "collect"
+    PLAN = "plan"
+    BROADCAST = "broadcast"
+    COMPARE = "compare"
+    SCHEDULE = "schedule"
+    FETCH = "fetch"
+    AGREE = "agree"
+    COMMIT = "commit"
+    RECORD = "record"
+
+
+class Outcome(StrEnum):
+    """How a cycle ended."""
+
+    MOVED = "moved"
+    STAYED = "stayed"
+    NO_LOAD = "no load"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class CycleRules:
+    """What the configuration says about a cycle."""
+
+    moves_experts: bool
+    layers_per_chunk: int
+    staging_slots: int
+    commit_margin_steps: int
+    timeout_s: float
+    first_commit_after_steps: int
+
+
+@dataclass
+class CycleReport:
+    """What one cycle did on this rank."""
+
+    number: int
+    outcome: Outcome = Outcome.STAYED
+    reason: str = ""
+    chunks_committed: int = 0
+    moved_experts: int = 0
+    skipped_layers: tuple[int, ...] = ()
+    record_error: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Heat(Protocol):
+    """The expert load that this rank has collected, safe to read from the background thread."""
+
+    def completed_windows(self) -> int:
+        """How many windows have been completed since the start."""
+        ...
+
+    def windows_until(self, end: int) -> NDArray[np.int64]:
+        """The last windows up to number `end`: [windows, layers, logical], the same shape on every rank."""
+        ...
+
+
+@dataclass
+class RankLink:
+    """One rank's lasting link to the others; it outlives cycles."""
+
+    rank: int
+    num_ranks: int
+    plane: ControlPlane
+    group: Group
+    clock: Clock
+    gate: CommitGate
+    epoch: int = 0
+    wanted_epoch: int = 0
+    finished_keys: Sequence[str] = ()
+
+    def break_group(self) -> None:
+        """End what is pending in the group and ask for a new one at the next cycle's start."""
+        self.wanted_epoch = self.epoch + 1
+        self.group.abort()
+
+
+class Cycle:
+    """One cycle on one rank. `run` never raises: it reports."""
+
+    def __init__(
+        self,
+        number: int,
+        link: RankLink,
+        rules: CycleRules,
+        *,
+        heat: Heat,
+        planner: Planner,
+        recorder: Recorder | None,
+        current_map: Callable[[], ExpertMap],
+        is_ending: Callable[[], str],
+        on_stage: Callable[[Stage], None],
+    ) -> None:
+        self.report = CycleReport(number)
+        self._link = link
+        self._rules = rules
+        self._heat = heat
+        self._planner = planner
+        self._recorder = recorder
+        self._current_map = current_map
+        self._is_ending = is_ending
+        self._on_stage = on_stage
+        self._started_at_boundary = link.gate.boundary
+        self._stage = Stage.START
+        self._in_group = False
+        self._places = Agreement(
+            link.plane, link.clock, cycle=number, rank=link.rank, num_ranks=link.num_ranks, is_ending=is_ending
+        )
+
+    async def run(self) -> CycleReport:
+        """Take part in the cycle until it ends on this rank."""
+        try:
+            await self._run()
+        except CycleAborted as aborted:
+            self._end(str(aborted), Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED)
+        except Exception as error:
+            reason = f"rank {self._link.rank}: {self._stage}: {type(error).__name__}: {error}"
+            self._end(await self._announce(reason), Outcome.FAILED)
+        finally:
+            self._link.finished_keys = [*self._link.finished_keys, *self._places.keys]
+        return self.report
+
+    async def _run(self) -> None:
+        await self._start()
+        load = await self._collect()
+        if not load.any():
+            self.report.outcome = Outcome.NO_LOAD
+            await self._record(self._current_map(), keep_earlier=not self._rules.moves_experts)
+            return
+        planned = await self._plan(load)
+        if self._rules.moves_experts and planned != self._current_map():
+            await self._rearrange(planned)
+        await self._record(self._current_map() if self._rules.moves_experts else planned)
+
+    # --- the stages, in their order ---
+
+    async def _start(self) -> None:
+        link, stale = self._link, self._link.finished_keys
+        with self._timed(Stage.START):
+            epoch = await self._places.agree("start", link.wanted_epoch, max)
+            link.finished_keys = ()
+            await link.plane.forget(stale)
+        if epoch > link.epoch:
+            with self._timed(Stage.REBUILD), self._inside_group():
+                link.epoch = link.wanted_epoch = epoch
+                await link.group.rebuild(epoch)
+
+    async def _collect(self) -> NDArray[np.int64]:
+        with self._timed(Stage.COLLECT):
+            end = await self._places.agree("collect", self._heat.completed_windows(), min, timeout_s=self._timeout_s)
+            with self._inside_group():
+                return await self._link.group.sum(self._heat.windows_until(end))
+
+    async def _plan(self, load: NDArray[np.int64]) -> ExpertMap:
+        current = self._current_map()
+        planned = current
+        with self._timed(Stage.PLAN):
+            if self._link.rank == PLANNING_RANK:
+                planned = await self._planner.plan(load, current)
+            moves = await self._places.agree("plan", int(planned != current), max, timeout_s=self._timeout_s)
+        if moves:
+            with self._timed(Stage.BROADCAST), self._inside_group():
+                planned = await self._broadcast(planned)
+        with self._timed(Stage.COMPARE):
+            await self._places.agree("compare", _fingerprint(current, planned), same, timeout_s=self._timeout_s)
+        return planned
+
+    async def _broadcast(self, planned: ExpertMap) -> ExpertMap:
+        slots = planned.physical_to_logical.astype(np.int64)
+        slots = await self._link.group.broadcast(slots, PLANNING_RANK)
+        return ExpertMap(slots, planned.num_logical_experts, planned.topology)
+
+    async def _rearrange(self, planned: ExpertMap) -> None:
+        with self._timed(Stage.SCHEDULE):
+            schedule = build_schedule(
+                self._current_map(),
+                planned,
+                layers_per_chunk=self._rules.layers_per_chunk,
+                staging_slots=self._rules.staging_slots,
+            )
+        self.report.skipped_layers = schedule.skipped_layers
+        for index, chunk in enumerate(schedule.chunks):
+            await self._move(f"chunk/{index}", chunk)
+
+    async def _move(self, place: str, chunk: Chunk) -> None:
+        before = self._current_map()
+        with self._timed(Stage.FETCH):
+            # Others come here only after their own commit of the chunk before, and an idle engine commits nothing.
+            await self._places.agree(f"{place}/ready")
+            with self._inside_group():
+                await self._link.group.fetch(chunk)
+        with self._timed(Stage.AGREE):
+            await self._places.agree(f"{place}/staged", timeout_s=self._timeout_s)
+            boundary = await self._agree_on_boundary(f"{place}/commit")
+            self._link.gate.commit_at(boundary, chunk)
+        with self._timed(Stage.COMMIT):
+            await self._link.clock.until(lambda: self._link.gate.is_committed or bool(self._is_ending()))
+        self.report.outcome = Outcome.MOVED
+        self.report.chunks_committed += 1
+        self.report.moved_experts += int(moved_experts(before, chunk.map_after).sum())
+
+    async def _agree_on_boundary(self, place: str) -> int:
+        """From the promise on, this rank acts on the verdict of `place` alone, or stops when it cannot learn it."""
+        gate = self._link.gate
+        not_before = self._started_at_boundary + self._rules.first_commit_after_steps
+        offer = gate.promise(self._rules.commit_margin_steps, not_before)
+        try:
+            try:
+                return await self._places.agree(place, offer, max, timeout_s=self._timeout_s)
+            except CycleAborted:
+                raise
+            except Exception as error:
+                logger.warning("cycle %d: %s: %s; settling it", self.report.number, place, error)
+                return await self._places.settle_as_failed(place, f"rank {self._link.rank}: {error}")
+        except CycleAborted:
+            gate.release()
+            raise
+        except Exception as error:
+            gate.fail(error)
+            raise
+
+    async def _record(self, expert_map: ExpertMap, *, keep_earlier: bool = False) -> None:
+        """A record that cannot be written is reported; it ends no cycle."""
+        if self._recorder is None or self._link.rank != PLANNING_RANK:
+            return
+        with self._timed(Stage.RECORD):
+            try:
+                await self._recorder.record(expert_map, keep_earlier=keep_earlier)
+            except OSError as error:
+                self.report.record_error = str(error)
+
+    # --- how a cycle ends early ---
+
+    async def _announce(self, reason: str) -> str:
+        """Tell the others first, then close the group: the reason they see is the true one."""
+        try:
+            reason = await self._places.announce_failure(reason)
+        except Exception as error:
+            logger.error("cycle %d: cannot tell the other ranks: %s", self.report.number, error)
+        if self._in_group:
+            self._link.break_group()
+        return reason
+
+    def _end(self, reason: str, outcome: Outcome) -> None:
+        self.report.reason, self.report.outcome = reason, outcome
+
+    # --- bookkeeping ---
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._rules.timeout_s
+
+    @contextmanager
+    def _timed(self, stage: Stage) -> Iterator[None]:
+        self._stage = stage
+        started = self._link.clock.now()
+        self._on_stage(stage)
+        try:
+            yield
+        finally:
+            spent = self.report.seconds.get(stage, 0.0) + self._link.clock.now() - started
+            self.report.seconds[stage] = spent
+
+    @contextmanager
+    def _inside_group(self) -> Iterator[None]:
+        """Others wait for this rank inside the group; an error that leaves the block must close the group."""
+        self._in_group = True
+        yield
+        self._in_group = False
+
+
+def _fingerprint(current: ExpertMap, planned: ExpertMap) -> int:
+    """63 bits that differ when two ranks follow different maps or were told different plans."""
+    digest = hashlib.blake2b(f"{current.digest()} {planned.digest()}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

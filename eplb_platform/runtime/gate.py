@@ -1,0 +1,100 @@
+"""The commit gate: the one place where a rank's forward thread and its background thread meet.
+
+Boundaries are numbered by the forward passes that have ended. The background thread promises that the forward
+thread will not pass a boundary before it knows what was decided; the forward thread waits only if it outruns that
+promise, and commits the chunk at exactly the agreed boundary.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from eplb_platform.migration.schedule import Chunk
+
+
+class ForwardStopped(RuntimeError):
+    """This rank cannot learn whether a commit was agreed, so it must not run another forward pass."""
+
+
+class CommitGate:
+    """Shared state of the two threads, guarded by one condition (`changed`)."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self._boundary = 0
+        self._promise: int | None = None
+        self._chunk: Chunk | None = None
+        self._commit_at: int | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def boundary(self) -> int:
+        """Forward passes that have ended."""
+        return self._boundary
+
+    # --- background thread ---
+
+    def promise(self, margin: int, not_before: int) -> int:
+        """Offer a boundary and promise, in the same instant, not to pass it unanswered."""
+        with self.changed:
+            self._promise = max(self._boundary + max(margin, 1), not_before)
+            return self._promise
+
+    def commit_at(self, boundary: int, chunk: Chunk) -> None:
+        """All ranks agreed: the forward thread commits `chunk` at `boundary`."""
+        with self.changed:
+            self._commit_at, self._chunk, self._promise = boundary, chunk, None
+            self.changed.notify_all()
+
+    def release(self) -> None:
+        """Nothing was agreed: the promise is void."""
+        with self.changed:
+            self._promise = None
+            self.changed.notify_all()
+
+    def fail(self, failure: BaseException) -> None:
+        """The decision cannot be learnt: the forward thread stops when it reaches its promise."""
+        with self.changed:
+            self._failure = failure
+            self.changed.notify_all()
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether no agreed commit is left to be executed."""
+        return self._commit_at is None
+
+    # --- forward thread ---
+
+    @property
+    def would_wait(self) -> bool:
+        """Whether the next `pass_boundary` has to wait for an answer."""
+        return self._is_unanswered(self._boundary + 1)
+
+    def pass_boundary(self, timeout_s: float) -> Chunk | None:
+        """Count a forward pass as ended; return the chunk to commit now, if one was agreed for this boundary.
+
+        Raises `ForwardStopped` when a promise is not answered within `timeout_s` seconds or cannot be answered.
+        """
+        with self.changed:
+            self._boundary += 1
+            self.changed.wait_for(lambda: self._may_pass(self._boundary), timeout_s)
+            if self._is_unanswered(self._boundary):
+                raise ForwardStopped(
+                    f"the decision on a commit at boundary {self._promise} or later did not reach this rank"
+                    f"{f' ({self._failure})' if self._failure else f' within {timeout_s:g} s'}; it does not guess"
+                ) from self._failure
+            if self._commit_at is not None and self._boundary > self._commit_at:
+                raise ForwardStopped(f"boundary {self._boundary} is past the agreed commit at {self._commit_at}")
+            return self._chunk if self._boundary == self._commit_at else None
+
+    def committed(self) -> None:
+        """The forward thread has executed the agreed commit."""
+        with self.changed:
+            self._commit_at = self._chunk = None
+            self.changed.notify_all()
+
+    def _is_unanswered(self, boundary: int) -> bool:
+        return self._promise is not None and boundary >= self._promise
+
+    def _may_pass(self, boundary: int) -> bool:
+        return not self._is_unanswered(boundary) or self._failure is not None

@@ -1,0 +1,72 @@
+"""The planner: an algorithm, what the configuration asks of its plans, and a limit on its time."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.algorithms import Plan, load_algorithm, rebalance_experts
+from eplb_platform.balance import window_balancedness
+from eplb_platform.expert_map import ExpertMap
+
+
+class PlannerTimeout(RuntimeError):
+    """The algorithm did not answer in time; it is left behind in its thread and its answer is not used."""
+
+
+@dataclass(frozen=True)
+class AlgorithmPlanner:
+    """Plans with one algorithm, in a thread of its own that is given up when it takes longer than `timeout_s`.
+
+    A layer stays as it is where its balancedness is `min_balancedness` or better, where the plan does not raise it,
+    and where the plan would move more than `max_moved_experts_per_layer` experts.
+    """
+
+    algorithm: str
+    num_expert_groups: int
+    timeout_s: float
+    min_balancedness: float = 1.0
+    max_moved_experts_per_layer: int | None = None
+
+    def warm_up(self) -> None:
+        """Compile what the algorithm compiles, so that the first plan does not wait for it."""
+        load_algorithm(self.algorithm)().warm_up()
+
+    async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+        """load: [windows, layers, logical], tokens. Returns `current` itself where nothing is to move."""
+        answers: list[ExpertMap | Exception] = []
+        thread = threading.Thread(target=self._answer, args=(load, current, answers), name="eplb-planner", daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if not answers:
+            raise PlannerTimeout(f"algorithm {self.algorithm!r} gave no plan within {self.timeout_s:g} s")
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+    def _answer(self, load: NDArray[np.int64], current: ExpertMap, answers: list[ExpertMap | Exception]) -> None:
+        try:
+            answers.append(self._choose(load, current))
+        except Exception as error:
+            answers.append(error)
+
+    def _choose(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+        plan = rebalance_experts(
+            load,
+            num_physical_experts=current.num_physical_experts,
+            topology=current.topology,
+            num_expert_groups=self.num_expert_groups,
+            current=current,
+            algorithm=self.algorithm,
+        )
+        layers = self._worth_moving(plan, window_balancedness(current, load))
+        return current.replace_layers(layers.tolist(), plan.expert_map) if layers.size else current
+
+    def _worth_moving(self, plan: Plan, balancedness: NDArray[np.float64]) -> NDArray[np.intp]:
+        gains = (plan.balancedness > balancedness) & (balancedness < self.min_balancedness)
+        if self.max_moved_experts_per_layer is not None:
+            gains &= plan.moved_experts <= self.max_moved_experts_per_layer
+        return np.flatnonzero(gains)

@@ -1,0 +1,110 @@
+"""What the balancing cycle needs from the world around it.
+
+The cycle is written as coroutines over these ports. In production a port's coroutine blocks its thread and never
+suspends, so that `run_blocking` drives a cycle to its end in one call; a simulation hands in ports that suspend and
+so owns time, messages and the interleaving of a thousand ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.migration.schedule import Chunk
+
+Result = TypeVar("Result")
+
+
+class Clock(ABC):
+    """Time, and waiting for something that another thread of this rank does."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds from an arbitrary start; never goes back."""
+
+    @abstractmethod
+    async def sleep(self, seconds: float) -> None:
+        """Let `seconds` pass."""
+
+    @abstractmethod
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait, without a limit, until `condition` holds; it is looked at whenever the commit gate changes."""
+
+
+class ControlPlane(ABC):
+    """Small facts shared by all ranks. No method waits for another rank."""
+
+    @abstractmethod
+    async def settle(self, key: str, value: str) -> str:
+        """Write `value` unless the key has one; return what stands there. First writer wins."""
+
+    @abstractmethod
+    async def read(self, key: str) -> str | None:
+        """The value of `key`, or None."""
+
+    @abstractmethod
+    async def read_all(self, keys: Sequence[str]) -> list[str]:
+        """The values of keys that are known to be written."""
+
+    @abstractmethod
+    async def count(self, key: str) -> int:
+        """Add one to a counter and return it."""
+
+    @abstractmethod
+    async def forget(self, keys: Sequence[str]) -> None:
+        """Delete keys that no rank will read again; a missing one is no error."""
+
+
+class Group(ABC):
+    """The backend's process group as the cycle uses it. An error here means that the group must be rebuilt."""
+
+    @abstractmethod
+    async def rebuild(self, epoch: int) -> None:
+        """Replace the group by a new one under `epoch`, together with every other rank."""
+
+    @abstractmethod
+    async def sum(self, load: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Element-wise sum over all ranks."""
+
+    @abstractmethod
+    async def broadcast(self, values: NDArray[np.int64], source: int) -> NDArray[np.int64]:
+        """The array of rank `source`."""
+
+    @abstractmethod
+    async def fetch(self, chunk: Chunk) -> None:
+        """Receive this rank's new experts of `chunk` into staging and serve what others need."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End what is pending here and on the peers."""
+
+
+class Planner(Protocol):
+    """Makes the next expert map on the rank that plans."""
+
+    async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+        """load: [windows, layers, logical], tokens over all ranks. Returns the map to move to, `current` to stay."""
+        ...
+
+
+class Recorder(Protocol):
+    """Keeps what a cycle saw, on the rank that records."""
+
+    async def record(self, expert_map: ExpertMap, *, keep_earlier: bool) -> None:
+        """Write the map, unless an earlier cycle's is to be kept; raises OSError when it cannot be written."""
+        ...
+
+
+def run_blocking(coroutine: Coroutine[None, None, Result]) -> Result:
+    """Run a coroutine whose ports block instead of suspending."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise RuntimeError("a port suspended: ports that suspend need a scheduler that owns them")

@@ -1,0 +1,117 @@
+"""The ports as they are in real processes: blocking calls in one background thread for each rank."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.migration.schedule import Chunk
+from eplb_platform.runtime.ports import Clock, Group
+
+if TYPE_CHECKING:
+    from eplb_platform.backend import Backend
+    from eplb_platform.migration.transfer import Migrator
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 1.0
+
+
+class ThreadClock(Clock):
+    """Real time; `until` sleeps on the gate's condition, so that nothing is polled."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            while not condition():
+                self._changed.wait(LOOK_AGAIN_S)
+
+
+class BackendGroup(Group):
+    """The backend's group and the migrator that uses it."""
+
+    def __init__(self, backend: Backend, migrator: Migrator | None) -> None:
+        self._backend = backend
+        self._migrator = migrator
+
+    async def rebuild(self, epoch: int) -> None:
+        self._backend.rebuild(epoch)
+
+    async def sum(self, load: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._backend.sum_on_host(load)
+
+    async def broadcast(self, values: NDArray[np.int64], source: int) -> NDArray[np.int64]:
+        return self._backend.broadcast_on_host(values, source)
+
+    async def fetch(self, chunk: Chunk) -> None:
+        if self._migrator is None:
+            raise RuntimeError("this balancer observes only and cannot move experts")
+        self._migrator.fetch(chunk)
+
+    def abort(self) -> None:
+        self._backend.abort()
+
+
+class BackgroundThread:
+    """Runs one job at a time in a daemon thread, started by the first job."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._job: Callable[[], None] | None = None
+        self._wake = threading.Condition()
+        self._is_closed = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is waiting or running."""
+        return self._job is not None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Hand over a job; raises RuntimeError while another one runs or after `close`."""
+        with self._wake:
+            if self._is_closed or self._job is not None:
+                raise RuntimeError(f"{self._name} is {'closed' if self._is_closed else 'busy'}")
+            self._job = job
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                self._thread.start()
+            self._wake.notify_all()
+
+    def close(self, timeout_s: float) -> bool:
+        """Let the running job end and stop the thread; False when it did not end within `timeout_s` seconds."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify_all()
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (job := self._next_job()) is not None:
+            try:
+                job()
+            except Exception:
+                logger.exception("%s: a job failed", self._name)
+            finally:
+                self._job = None
+
+    def _next_job(self) -> Callable[[], None] | None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._job is not None or self._is_closed)
+            return self._job

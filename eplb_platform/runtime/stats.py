@@ -1,0 +1,39 @@
+"""What a balancer did so far, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class BalancerStats:
+    """Counters of one rank since its start; moved experts and commits are the same on every rank.
+
+    A stall is time that `Balancer.step` took from the forward thread; a wait is the part of it spent waiting for the
+    decision on a commit.
+    """
+
+    steps: int = 0
+    dummy_steps: int = 0
+    cycles: int = 0
+    failed_cycles: int = 0
+    cancelled_cycles: int = 0
+    commits: int = 0
+    moved_experts: int = 0
+    skipped_layers: int = 0
+    bytes_received: int = 0
+    staging_bytes: int = 0
+    longest_wait_s: float = 0.0
+    longest_stall_s: float = 0.0
+    stall_s: float = 0.0
+    planning_s: float = 0.0
+    transfer_s: float = 0.0
+    records_written: int = 0
+    failed_records: int = 0
+    first_commit_step: int | None = None
+    last_success_step: int | None = None
+    last_error: str = ""
+
+    def as_dict(self) -> dict[str, int | float | str | None]:
+        """For JSON."""
+        return asdict(self)
