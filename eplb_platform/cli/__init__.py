@@ -1,0 +1,43 @@
+"""The `eplb` command: bad input ends it with exit code 2 and one line on standard error, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is the one line that the command prints."""
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command with `arguments` (those of the process by default) and return its exit code."""
+    import typer
+
+    from eplb_platform.cli.application import application
+
+    try:
+        code = application(args=arguments, prog_name="eplb", standalone_mode=False)
+    except (BadInput, typer.TyperException) as error:
+        return _say(_message(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    sys.exit(run())
+
+
+def _message(error: Exception) -> str:
+    """The error on one line, whatever it holds."""
+    format_message = getattr(error, "format_message", None)
+    text = format_message() if callable(format_message) else str(error)
+    return " ".join(str(text).split())
+
+
+def _say(message: str) -> int:
+    print(f"eplb: {message}", file=sys.stderr)
+    return BAD_INPUT

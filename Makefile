@@ -1,0 +1,62 @@
+# Everything a developer or CI needs, from a clean clone, with only Python 3.11 or newer, pip and make.
+#   make demo    serve a small model and watch it being balanced      make check   the quick part of the tests
+#   make test    everything that CI runs                              make bench   every benchmark
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEPENDENCIES := $(VENV)/.dependencies-installed
+PROJECT      := $(VENV)/.project-installed
+# One thread for each process: the tests run several ranks on few cores.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint unit processes kernels wheel bench clean
+
+help:
+	@sed -n '1,3p' Makefile
+
+install: $(PROJECT)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] \
+	  + ": make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(DEPENDENCIES): ci/requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r ci/requirements.txt
+	@touch $@
+
+$(PROJECT): pyproject.toml $(DEPENDENCIES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(PROJECT)
+	$(BIN)/eplb demo $(DEMO_OPTIONS)
+
+lint: $(PROJECT)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+unit: $(PROJECT)
+	$(BIN)/python -m pytest -q tests/unit
+
+check: lint unit
+
+# The compiled kernels as plain Python: what the compiler may hide (an index out of range) raises here.
+kernels: $(PROJECT)
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q tests/unit -k "deepseek or kernel or schedule"
+
+wheel: $(PROJECT)
+	$(BIN)/python ci/wheel.py
+
+processes: $(PROJECT)
+	$(BIN)/python -m pytest -q tests/processes
+
+test: check kernels wheel processes
+
+bench: $(PROJECT)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
