@@ -120,8 +120,8 @@ class EplbConfig(BaseModel):
     )
     expert_map_record_path: _MapPath = Field(
         default=None,
-        description="Where to write the expert map at the end of every cycle: with dynamic_eplb the map in use, "
-        "without it the map that was planned, and no expert moves.",
+        description="Where to write the expert map at the end of every cycle: with dynamic_eplb the one in use, "
+        "without it the one that was planned, and no expert moves.",
     )
     expert_heat_collection_interval: _Positive = Field(
         default=600, description="Steps over which the expert load is collected before each plan."
@@ -294,7 +294,7 @@ def _section(additional_config: Mapping[str, object]) -> dict[str, object]:
         raise ConfigError(f"additional_config: {_shown(additional_config)}, expected an object")
     for key in additional_config:
         if key != SECTION and _nearest(key, [SECTION], cutoff=0.8):
-            raise ConfigError(f"additional_config.{key}: unknown key, did you mean {SECTION!r}?")
+            raise ConfigError(f"additional_config.{_printable(key)}: unknown key, did you mean {SECTION!r}?")
     section = additional_config.get(SECTION)
     if section is None:
         return {}
@@ -370,7 +370,7 @@ def _one_line(error: ValidationError) -> str:
             faults[key] = _unknown_key(key)
         else:
             faults[key] = f"{_shown(details['input'])}, expected {_expected(key)}"
-    return "; ".join(f"{SECTION}.{key}: {fault}" for key, fault in faults.items())
+    return "; ".join(f"{SECTION}.{_printable(key)}: {fault}" for key, fault in faults.items())
 
 
 def _unknown_key(key: str) -> str:
@@ -389,6 +389,11 @@ def _nearest(key: object, known: list[str], *, cutoff: float) -> str | None:
 def _expected(key: str) -> str:
     field = EplbConfig.model_fields[key]
     return next(item.text for item in field.metadata if isinstance(item, _Expected))
+
+
+def _printable(key: object) -> str:
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 80 else _shown(text)
 
 
 def _shown(value: object) -> str:
