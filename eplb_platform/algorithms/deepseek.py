@@ -38,13 +38,10 @@ class DeepSeek(Algorithm):
         num_expert_groups: int,
         current: ExpertMap | None,
     ) -> NDArray[np.int32]:
-        from eplb_platform.algorithms.deepseek_kernels import place_layers
-
         slots_per_rank = num_physical_experts // topology.num_ranks
         num_experts = load.shape[2]
         node_ranks = serving_ranks_by_node(topology, num_experts, num_expert_groups, slots_per_rank)
-        num_groups = num_expert_groups if len(node_ranks) > 1 else 1
-        placed = place_layers(load.sum(axis=0), node_ranks, num_groups, topology.num_ranks, slots_per_rank)
+        placed = _place(load.sum(axis=0), node_ranks, num_expert_groups, topology.num_ranks, slots_per_rank)
         if current is None:
             return placed
         placed = keep_ranks(placed, current, node_ranks)
@@ -77,6 +74,38 @@ def serving_ranks_by_node(
         and slots_per_rank <= experts_per_node <= slots_per_rank * int(ranks_per_node[0])
     )
     return active.reshape(len(nodes) if hierarchical else 1, -1).astype(np.int64)
+
+
+def _place(
+    load: NDArray[np.float64],
+    node_ranks: NDArray[np.int64],
+    num_expert_groups: int,
+    num_ranks: int,
+    slots_per_rank: int,
+) -> NDArray[np.int32]:
+    """int32 [layers, physical]: groups on nodes, replicas within each node, replicas on the node's ranks.
+
+    load: [layers, logical]; node_ranks: [nodes, ranks of a node]
+    """
+    from eplb_platform.algorithms.deepseek_kernels import pack_groups, pack_replicas, replicate
+
+    num_layers, num_experts = load.shape
+    num_nodes, ranks_per_node = node_ranks.shape
+    node_of_expert = np.zeros((num_layers, num_experts), dtype=np.int64)
+    if num_nodes > 1:
+        group_load = load.reshape(num_layers, num_expert_groups, -1).sum(axis=2)
+        node_of_group = pack_groups(group_load, _heaviest_first(group_load), num_nodes)
+        node_of_expert = np.repeat(node_of_group, num_experts // num_expert_groups, axis=1)
+    count = replicate(load, node_of_expert, num_nodes, ranks_per_node, slots_per_rank)
+    share = load / count
+    order = _heaviest_first(share)
+    placed = pack_replicas(share, count, order, node_of_expert, node_ranks, num_ranks, slots_per_rank)
+    return placed.reshape(num_layers, -1)
+
+
+def _heaviest_first(load: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Ids in descending order of load, row by row; of equal ones the lower id first."""
+    return np.argsort(-load, axis=1, kind="stable").astype(np.int64)
 
 
 def _keep_layers(

@@ -12,53 +12,35 @@ Slots = NDArray[np.int32]
 
 
 @kernel
-def keep_rank_slots(new: Slots, current: Slots) -> None:
-    """Reorder, in place, the slots within each rank so that an expert that stays keeps its slot.
+def keep_rank_slots(new: Slots, current: Slots) -> Slots:
+    """`new` with the slots within each rank reordered so that an expert that stays keeps its slot.
 
     new: [layers, ranks, slots]; current: [layers, ranks, slots of the current map]. Newcomers take the slots
     left over, in the order they had. Of two replicas on one rank each may keep one slot.
     """
     num_layers, num_ranks, num_slots = new.shape
-    common = min(num_slots, current.shape[2])
-    kept = np.empty(num_slots, np.int32)
+    kept = np.full((num_layers, num_ranks, num_slots), -1, np.int32)
+    stays = np.empty(num_slots, np.bool_)
     for layer in range(num_layers):
         for rank in range(num_ranks):
-            experts = new[layer, rank]
-            kept[:] = -1
-            for slot in range(common):
-                for index in range(num_slots):
-                    if experts[index] >= 0 and experts[index] == current[layer, rank, slot]:
-                        kept[slot] = experts[index]
-                        experts[index] = -1
+            for index in range(num_slots):
+                stays[index] = False
+                expert = new[layer, rank, index]
+                for slot in range(min(num_slots, current.shape[2])):
+                    if current[layer, rank, slot] == expert and kept[layer, rank, slot] != expert:
+                        kept[layer, rank, slot] = expert
+                        stays[index] = True
                         break
             free = 0
             for index in range(num_slots):
-                if experts[index] >= 0:
-                    while kept[free] >= 0:
-                        free += 1
-                    kept[free] = experts[index]
-            experts[:] = kept
-
-
-@kernel
-def match(overlap: Ids) -> Ids:
-    """Partner of each row: greedily the pair with the largest overlap, then the lowest row and column.
-
-    overlap: [n, n], each at least 0. Every column is the partner of one row.
-    """
-    n = overlap.shape[0]
-    partner = np.full(n, -1, np.int64)
-    taken = np.zeros(n, np.bool_)
-    for value in range(overlap.max(), -1, -1):
-        for row in range(n):
-            if partner[row] >= 0:
-                continue
-            for column in range(n):
-                if not taken[column] and overlap[row, column] == value:
-                    partner[row] = column
-                    taken[column] = True
-                    break
-    return partner
+                if stays[index]:
+                    continue
+                while free < num_slots and kept[layer, rank, free] >= 0:
+                    free += 1
+                if free < num_slots:
+                    kept[layer, rank, free] = new[layer, rank, index]
+                    free += 1
+    return kept
 
 
 @kernel
@@ -83,32 +65,23 @@ def count_common(new: Slots, current: Slots, num_experts: int) -> Ids:
 
 
 @kernel
-def exchange_blocks(new: Slots, current: Slots, num_experts: int) -> None:
-    """Permute, in place, the blocks of `new` so that each meets a block of `current` much like it.
+def match_blocks(new: Slots, current: Slots, num_experts: int) -> Ids:
+    """For each block of `current` the block of `new` that should take its place: [layers, blocks].
 
-    new: [blocks, slots]; current: [blocks, slots of the current map].
+    new: [layers, blocks, slots]; current: [layers, blocks, slots of the current map]. Greedily the pair with
+    the most experts in common, then the lowest new and the lowest current one.
     """
-    partner = match(count_common(new, current, num_experts))
-    blocks = new.copy()
-    for block in range(new.shape[0]):
-        new[partner[block]] = blocks[block]
-
-
-@kernel
-def exchange_ranks(new: Slots, current: Slots, node_ranks: Ids, num_experts: int) -> None:
-    """Permute, in place, whole nodes and then whole ranks within each node towards the current map.
-
-    new, current: [layers, ranks, slots]; node_ranks: [nodes, ranks of a node], the ranks that serve.
-    """
-    num_nodes, ranks_per_node = node_ranks.shape
-    ranks = node_ranks.copy().reshape(-1)
-    for layer in range(new.shape[0]):
-        placed = new[layer][ranks]
-        held = current[layer][ranks]
-        if num_nodes > 1:
-            exchange_blocks(placed.reshape(num_nodes, -1), held.reshape(num_nodes, -1), num_experts)
-        for node in range(num_nodes):
-            first, last = node * ranks_per_node, (node + 1) * ranks_per_node
-            exchange_blocks(placed[first:last], held[first:last], num_experts)
-        for index in range(ranks.shape[0]):
-            new[layer, ranks[index]] = placed[index]
+    num_layers, num_blocks, num_slots = new.shape
+    source = np.full((num_layers, num_blocks), -1, np.int64)
+    for layer in range(num_layers):
+        common = count_common(new[layer], current[layer], num_experts)
+        matched = np.zeros(num_blocks, np.bool_)
+        for value in range(num_slots, -1, -1):
+            for block in range(num_blocks):
+                for place in range(num_blocks):
+                    if matched[block]:
+                        break
+                    if source[layer, place] < 0 and common[block, place] == value:
+                        source[layer, place] = block
+                        matched[block] = True
+    return source

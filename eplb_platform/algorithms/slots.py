@@ -18,9 +18,9 @@ def keep_slots(placed: Slots, current: ExpertMap) -> Slots:
     """
     from eplb_platform.algorithms.slot_kernels import keep_rank_slots
 
-    kept = _by_rank(placed, current)
-    keep_rank_slots(kept, _writable(current))
-    return kept.reshape(placed.shape)
+    return keep_rank_slots(_by_rank(placed, current), _by_rank(current.physical_to_logical, current)).reshape(
+        placed.shape
+    )
 
 
 def keep_ranks(placed: Slots, current: ExpertMap, node_ranks: NDArray[np.int64]) -> Slots:
@@ -30,18 +30,32 @@ def keep_ranks(placed: Slots, current: ExpertMap, node_ranks: NDArray[np.int64])
     node, nodes as a whole with each other, which changes neither balance nor what shares a node.
     Returns a new array.
     """
-    from eplb_platform.algorithms.slot_kernels import exchange_ranks
-
+    num_layers, (num_nodes, ranks_per_node) = len(placed), node_ranks.shape
     kept = _by_rank(placed, current)
-    exchange_ranks(kept, _writable(current), node_ranks, current.num_logical_experts)
+    old = _by_rank(current.physical_to_logical, current)[:, node_ranks.reshape(-1)]
+    new = kept[:, node_ranks.reshape(-1)]
+    if num_nodes > 1:
+        new = _exchange(
+            new.reshape(num_layers, num_nodes, -1), old.reshape(num_layers, num_nodes, -1), current
+        )
+    new = _exchange(
+        new.reshape(num_layers * num_nodes, ranks_per_node, -1),
+        old.reshape(num_layers * num_nodes, ranks_per_node, -1),
+        current,
+    )
+    kept[:, node_ranks.reshape(-1)] = new.reshape(num_layers, num_nodes * ranks_per_node, -1)
     return kept.reshape(placed.shape)
 
 
-def _by_rank(placed: Slots, current: ExpertMap) -> Slots:
-    """A copy of `placed` as [layers, ranks, slots]."""
-    return np.array(placed, dtype=np.int32, order="C").reshape(len(placed), current.topology.num_ranks, -1)
+def _exchange(new: Slots, old: Slots, current: ExpertMap) -> Slots:
+    """The blocks of `new`, [layers, blocks, slots], each in the place of the block of `old` most like it."""
+    from eplb_platform.algorithms.slot_kernels import match_blocks
+
+    source = match_blocks(new, old, current.num_logical_experts)
+    return np.take_along_axis(new, source[:, :, None], axis=1)
 
 
-def _writable(current: ExpertMap) -> Slots:
-    """A copy of the current map as [layers, ranks, slots]: to the kernels a read-only array is another type."""
-    return np.array(current.by_rank(), dtype=np.int32, order="C")
+def _by_rank(physical_to_logical: Slots, current: ExpertMap) -> Slots:
+    """A copy as [layers, ranks, slots], writable: to the kernels a read-only array is another type."""
+    num_layers, num_ranks = len(physical_to_logical), current.topology.num_ranks
+    return np.array(physical_to_logical, dtype=np.int32, order="C").reshape(num_layers, num_ranks, -1)
