@@ -33,7 +33,9 @@ class BackendError(RuntimeError):
 
 
 class GroupError(RuntimeError):
-    """An operation of the process group failed or timed out: the group must be rebuilt before its next use."""
+    """An operation of the process group failed or timed out: the group must be rebuilt before its next
+    use.
+    """
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Availability:
 
 @dataclass(frozen=True)
 class Message:
-    """One tensor that travels to or from one peer. Both sides list the messages of a pair in the same order."""
+    """One tensor that travels to or from one peer. Both sides list the messages of a pair in the same
+    order.
+    """
 
     peer: int
     tensor: torch.Tensor
@@ -95,8 +99,9 @@ class DeviceTimer(Protocol):
 class Backend(ABC):
     """One device family: its collectives, streams and weight movement.
 
-    The group's methods (`connect` to `exchange`) are called from one thread at a time: `connect` and `warm_up`
-    at start, everything else by the background thread. `abort` and `close` may come from any thread.
+    The group's methods (`connect` to `exchange`) are called from one thread at a time: `connect` and
+    `warm_up` at start, everything else by the background thread. `abort` and `close` may come from any
+    thread.
     """
 
     name: ClassVar[str]
@@ -112,7 +117,9 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def availability(cls) -> Availability:
-        """Say whether this machine can run the backend. Cheap, never raises, imports only its own vendor library."""
+        """Say whether this machine can run the backend. Cheap, never raises, imports only its own vendor
+        library.
+        """
 
     @abstractmethod
     def default_streams(self) -> StreamOperations:
@@ -126,7 +133,9 @@ class Backend(ABC):
 
     @abstractmethod
     def warm_up(self) -> None:
-        """Touch every pair of ranks once, so that no connection is set up later. Every rank, right after connect."""
+        """Touch every pair of ranks once, so that no connection is set up later. Every rank, right after
+        connect.
+        """
 
     @abstractmethod
     def abort(self) -> None:
@@ -137,7 +146,9 @@ class Backend(ABC):
 
     @abstractmethod
     def rebuild(self, epoch: int) -> None:
-        """Replace an aborted group. Every rank calls it with the same new `epoch`; raises `GroupError` on time-out."""
+        """Replace an aborted group. Every rank calls it with the same new `epoch`; raises `GroupError` on
+        time-out.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -151,20 +162,25 @@ class Backend(ABC):
 
     @abstractmethod
     def broadcast_on_host(self, values: NDArray[np.int64], source: int) -> NDArray[np.int64]:
-        """The array of rank `source` on every rank; others pass an array of the same shape. Raises `GroupError`."""
+        """The array of rank `source` on every rank; others pass an array of the same shape. Raises
+        `GroupError`.
+        """
 
     @abstractmethod
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Move weights between ranks; returns when every tensor is received and every sent one may change again.
+        """Move weights between ranks; returns when every tensor is received and every sent one may change
+        again.
 
-        Called inside `streams.transfer()`. Received tensors are only to be read by streams that waited for a mark
-        recorded afterwards. Raises `GroupError`; what was received is then undefined.
+        Called inside `streams.transfer()`. Received tensors are only to be read by streams that waited for a
+        mark recorded afterwards. Raises `GroupError`; what was received is then undefined.
         """
 
     # --- weights ---
 
     @abstractmethod
-    def allocate_staging(self, parameter: Sequence[torch.Tensor] | torch.Tensor, slots: int) -> Sequence[torch.Tensor]:
+    def allocate_staging(
+        self, parameter: Sequence[torch.Tensor] | torch.Tensor, slots: int
+    ) -> Sequence[torch.Tensor]:
         """Room for `slots` experts of one parameter, one tensor per staged expert. Called at start only.
 
         `parameter` is a stacked tensor [slots, ...] or one tensor per slot; `parameter[slot]` is an expert's.
@@ -178,11 +194,15 @@ class Backend(ABC):
         staging: Sequence[torch.Tensor],
         rows: Sequence[int],
     ) -> None:
-        """Overwrite `parameter[slots[i]]` in place with `staging[rows[i]]`. Forward thread, on the forward stream."""
+        """Overwrite `parameter[slots[i]]` in place with `staging[rows[i]]`. Forward thread, on the forward
+        stream.
+        """
 
     @abstractmethod
     def checksum(self, tensors: Sequence[torch.Tensor]) -> int:
-        """A 63-bit checksum of the bytes of one expert's tensors, the same on every rank for the same bytes."""
+        """A 63-bit checksum of the bytes of one expert's tensors, the same on every rank for the same
+        bytes.
+        """
 
     # --- the forward path ---
 
@@ -198,11 +218,12 @@ class Backend(ABC):
         """Replace logical by physical expert ids and count them. Forward thread, no synchronisation.
 
         logical_ids: int [tokens, top_k]; an id of -1 marks padding: it stays -1 and is not counted.
-        logical_to_physical: int [logical, width], row of one expert: its replicas, the first `replica_count` valid.
+        logical_to_physical: int [logical, width], row of one expert: its replicas, the first `replica_count`
+        valid.
         replica_count: int [logical].
         load: int64 [physical], incremented in place by the tokens sent to each slot; None records nothing.
-        offset: added to the token's row before the replica is chosen, so that ranks do not all choose the first.
-        Returns int64 [tokens, top_k]; equal for equal arguments.
+        offset: added to the token's row before the replica is chosen, so that ranks do not all choose the
+        first. Returns int64 [tokens, top_k]; equal for equal arguments.
         """
 
     @abstractmethod

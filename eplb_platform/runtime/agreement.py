@@ -1,8 +1,10 @@
-"""How all ranks agree without a collective: named places where each offers a number and the first verdict stands.
+"""How all ranks agree without a collective: named places where each offers a number and the first verdict
+stands.
 
-A place holds one verdict, written by compare-and-set: `agreed N` by the rank that arrived last, or `failed WHY` or
-`cancelled WHY` by any rank. A rank that has offered acts on the verdict and on nothing else, so all ranks do the
-same. The key `end` of a cycle only carries the news to ranks that wait at other places; it decides nothing.
+A place holds one verdict, written by compare-and-set: `agreed N` by the rank that arrived last, or `failed
+WHY` or `cancelled WHY` by any rank. A rank that has offered acts on the verdict and on nothing else, so all
+ranks do the same. The key `end` of a cycle only carries the news to ranks that wait at other places; it
+decides nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class Disagreement(ValueError):
 
 
 def same(offers: Sequence[int]) -> int:
-    """The one number that all ranks offered; raises `Disagreement` that names the ranks that differ from rank 0."""
+    """The one number that all ranks offered; raises `Disagreement` that names the ranks that differ from rank
+    0.
+    """
     differing = [rank for rank, offer in enumerate(offers) if offer != offers[0]]
     if differing:
         raise Disagreement(f"rank {', '.join(map(str, differing))} differs from rank 0")
@@ -40,7 +44,14 @@ class Agreement:
     """The places of one cycle, as one rank sees them."""
 
     def __init__(
-        self, plane: ControlPlane, clock: Clock, *, cycle: int, rank: int, num_ranks: int, is_ending: Callable[[], str]
+        self,
+        plane: ControlPlane,
+        clock: Clock,
+        *,
+        cycle: int,
+        rank: int,
+        num_ranks: int,
+        is_ending: Callable[[], str],
     ) -> None:
         self._plane = plane
         self._clock = clock
@@ -66,7 +77,8 @@ class Agreement:
     ) -> int:
         """Offer a number, wait for every other rank's, and return what `choose` makes of them all.
 
-        Raises `CycleAborted` when any rank ended the cycle, or after `timeout_s` seconds (None waits without a
+        Raises `CycleAborted` when any rank ended the cycle, or after `timeout_s` seconds (None waits without
+        a
         limit: for places that ranks reach only as their forward passes go on, and an idle engine makes none).
         """
         key = f"{self._prefix}/{place}"
@@ -78,7 +90,9 @@ class Agreement:
         return await self._learn(key, place, timeout_s)
 
     async def settle_as_failed(self, place: str, reason: str) -> int:
-        """End a place whose verdict this rank failed to learn: returns the number if others had agreed first."""
+        """End a place whose verdict this rank failed to learn: returns the number if others had agreed
+        first.
+        """
         return self._act_on(await self._plane.settle(f"{self._prefix}/{place}", f"failed {reason}"))
 
     async def announce_failure(self, reason: str) -> str:

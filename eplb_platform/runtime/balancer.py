@@ -30,19 +30,19 @@ ANSWER_TIMEOUTS = 2.0
 
 
 class LockedHeat:
-    """The rank's heat windows, shared by the forward thread that records and the background thread that reads."""
+    """The rank's heat windows, shared by the forward thread that records and the background thread that
+    reads.
+    """
 
     def __init__(self, windows: HeatWindows) -> None:
         self._windows = windows
         self._lock = threading.Lock()
 
-    def record(self, load: NDArray[np.int64] | None, expert_map: ExpertMap, phase: Phase, is_dummy: bool) -> None:
+    def record(
+        self, load: NDArray[np.int64] | None, expert_map: ExpertMap, phase: Phase, is_dummy: bool
+    ) -> None:
         with self._lock:
             self._windows.record(load, expert_map, phase=phase, is_dummy=is_dummy)
-
-    def fold(self, expert_map: ExpertMap) -> None:
-        with self._lock:
-            self._windows.fold(expert_map)
 
     def completed_windows(self) -> int:
         with self._lock:
@@ -56,8 +56,8 @@ class LockedHeat:
 class Balancer:
     """Watches one model's expert load and re-places its experts while it serves.
 
-    Every rank of the expert-parallel group has one and calls `step` once after every forward pass, dummy passes
-    included, so that all ranks count the same passes. Built by `start_balancer`.
+    Every rank of the expert-parallel group has one and calls `step` once after every forward pass, dummy
+    passes included, so that all ranks count the same passes. Built by `start_balancer`.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Balancer:
         phase: Phase = Phase.MIXED,
         is_dummy: bool = False,
     ) -> None:
-        """A forward pass has ended: record its load, commit what was agreed for now, start a cycle when one is due.
+        """A forward pass has ended: record its load, commit what was agreed for now, start a cycle when one
+        is due.
 
         physical_load: [layers, physical], tokens that this rank sent to each slot in the pass; None for none.
         Raises `ForwardStopped` when this rank cannot learn whether to commit: it must then not serve on.
@@ -123,7 +124,9 @@ class Balancer:
         self.stats.longest_stall_s = max(self.stats.longest_stall_s, stall)
 
     def pause(self) -> None:
-        """Move nothing until `resume`; a running cycle ends on every rank before its next commit is agreed."""
+        """Move nothing until `resume`; a running cycle ends on every rank before its next commit is
+        agreed.
+        """
         self._is_paused = True
 
     def resume(self) -> None:
@@ -184,7 +187,6 @@ class Balancer:
     def _commit(self, chunk: Chunk) -> None:
         if self._migrator is None:
             raise RuntimeError("a commit was agreed for a balancer that only observes")
-        self._heat.fold(self._expert_map)
         self._migrator.swap(chunk)
         self._model.apply_map(chunk.layers, chunk.map_after)
         self._expert_map = chunk.map_after
@@ -255,7 +257,9 @@ class Balancer:
         if report.record_error:
             self.stats.failed_records += 1
             self.stats.last_error = report.record_error
-            logger.warning("cycle %d: the expert map was not recorded: %s", report.number, report.record_error)
+            logger.warning(
+                "cycle %d: the expert map was not recorded: %s", report.number, report.record_error
+            )
         elif Stage.RECORD in report.seconds:
             self.stats.records_written += 1
 

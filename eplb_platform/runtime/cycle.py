@@ -1,8 +1,8 @@
 """One balancing cycle on one rank: collect, plan, transfer, commit, record.
 
-Every rank runs the same cycle in its background thread. Ranks meet at agreed places before they enter an operation
-of the group, so that a rank that failed earlier never leaves others inside one. Whatever goes wrong, the cycle ends
-on every rank and the map in force stays.
+Every rank runs the same cycle in its background thread. Ranks meet at agreed places before they enter an
+operation of the group, so that a rank that failed earlier never leaves others inside one. Whatever goes
+wrong, the cycle ends on every rank and the map in force stays.
 """
 
 from __future__ import annotations
@@ -147,7 +147,12 @@ class Cycle:
         self._stage = Stage.START
         self._in_group = False
         self._places = Agreement(
-            link.plane, link.clock, cycle=number, rank=link.rank, num_ranks=link.num_ranks, is_ending=is_ending
+            link.plane,
+            link.clock,
+            cycle=number,
+            rank=link.rank,
+            num_ranks=link.num_ranks,
+            is_ending=is_ending,
         )
 
     async def run(self) -> CycleReport:
@@ -190,7 +195,9 @@ class Cycle:
 
     async def _collect(self) -> NDArray[np.int64]:
         with self._timed(Stage.COLLECT):
-            end = await self._places.agree("collect", self._heat.completed_windows(), min, timeout_s=self._timeout_s)
+            end = await self._places.agree(
+                "collect", self._heat.completed_windows(), min, timeout_s=self._timeout_s
+            )
             with self._inside_group():
                 return await self._link.group.sum(self._heat.windows_until(end))
 
@@ -205,7 +212,9 @@ class Cycle:
             with self._timed(Stage.BROADCAST), self._inside_group():
                 planned = await self._broadcast(planned)
         with self._timed(Stage.COMPARE):
-            await self._places.agree("compare", _fingerprint(current, planned), same, timeout_s=self._timeout_s)
+            await self._places.agree(
+                "compare", _fingerprint(current, planned), same, timeout_s=self._timeout_s
+            )
         return planned
 
     async def _broadcast(self, planned: ExpertMap) -> ExpertMap:
@@ -228,7 +237,8 @@ class Cycle:
     async def _move(self, place: str, chunk: Chunk) -> None:
         before = self._current_map()
         with self._timed(Stage.FETCH):
-            # Others come here only after their own commit of the chunk before, and an idle engine commits nothing.
+            # Others come here only after their own commit of the chunk before, and an idle engine commits
+            # nothing.
             await self._places.agree(f"{place}/ready")
             with self._inside_group():
                 await self._link.group.fetch(chunk)
@@ -243,7 +253,9 @@ class Cycle:
         self.report.moved_experts += int(moved_experts(before, chunk.map_after).sum())
 
     async def _agree_on_boundary(self, place: str) -> int:
-        """From the promise on, this rank acts on the verdict of `place` alone, or stops when it cannot learn it."""
+        """From the promise on, this rank acts on the verdict of `place` alone, or stops when it cannot learn
+        it.
+        """
         gate = self._link.gate
         not_before = self._started_at_boundary + self._rules.first_commit_after_steps
         offer = gate.promise(self._rules.commit_margin_steps, not_before)

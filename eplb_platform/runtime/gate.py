@@ -1,8 +1,8 @@
 """The commit gate: the one place where a rank's forward thread and its background thread meet.
 
 Boundaries are numbered by the forward passes that have ended. The background thread promises that the forward
-thread will not pass a boundary before it knows what was decided; the forward thread waits only if it outruns that
-promise, and commits the chunk at exactly the agreed boundary.
+thread will not pass a boundary before it knows what was decided; the forward thread waits only if it outruns
+that promise, and commits the chunk at exactly the agreed boundary.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ class CommitGate:
     def pass_boundary(self, timeout_s: float) -> Chunk | None:
         """Count a forward pass as ended; return the chunk to commit now, if one was agreed for this boundary.
 
-        Raises `ForwardStopped` when a promise is not answered within `timeout_s` seconds or cannot be answered.
+        Raises `ForwardStopped` when a promise is not answered within `timeout_s` seconds or cannot be
+        answered.
         """
         with self.changed:
             self._boundary += 1
             self.changed.wait_for(lambda: self._may_pass(self._boundary), timeout_s)
             if self._is_unanswered(self._boundary):
-                raise ForwardStopped(
-                    f"the decision on a commit at boundary {self._promise} or later did not reach this rank"
-                    f"{f' ({self._failure})' if self._failure else f' within {timeout_s:g} s'}; it does not guess"
-                ) from self._failure
+                raise ForwardStopped(self._unanswered(timeout_s)) from self._failure
             if self._commit_at is not None and self._boundary > self._commit_at:
-                raise ForwardStopped(f"boundary {self._boundary} is past the agreed commit at {self._commit_at}")
+                raise ForwardStopped(
+                    f"boundary {self._boundary} is past the agreed commit at {self._commit_at}"
+                )
             return self._chunk if self._boundary == self._commit_at else None
 
     def committed(self) -> None:
@@ -98,3 +98,8 @@ class CommitGate:
 
     def _may_pass(self, boundary: int) -> bool:
         return not self._is_unanswered(boundary) or self._failure is not None
+
+    def _unanswered(self, timeout_s: float) -> str:
+        why = f"({self._failure})" if self._failure else f"within {timeout_s:g} s"
+        return f"whether to commit at boundary {self._promise} did not reach this rank {why}; it does not
+        guess"

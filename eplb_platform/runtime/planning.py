@@ -19,10 +19,11 @@ class PlannerTimeout(RuntimeError):
 
 @dataclass(frozen=True)
 class AlgorithmPlanner:
-    """Plans with one algorithm, in a thread of its own that is given up when it takes longer than `timeout_s`.
+    """Plans with one algorithm, in a thread of its own that is given up when it takes longer than
+    `timeout_s`.
 
-    A layer stays as it is where its balancedness is `min_balancedness` or better, where the plan does not raise it,
-    and where the plan would move more than `max_moved_experts_per_layer` experts.
+    A layer stays as it is where its balancedness is `min_balancedness` or better, where the plan does not
+    raise it, and where the plan would move more than `max_moved_experts_per_layer` experts.
     """
 
     algorithm: str
@@ -33,12 +34,14 @@ class AlgorithmPlanner:
 
     def warm_up(self) -> None:
         """Compile what the algorithm compiles, so that the first plan does not wait for it."""
-        load_algorithm(self.algorithm)().warm_up()
+        load_algorithm(self.algorithm).warm_up()
 
     async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
         """load: [windows, layers, logical], tokens. Returns `current` itself where nothing is to move."""
         answers: list[ExpertMap | Exception] = []
-        thread = threading.Thread(target=self._answer, args=(load, current, answers), name="eplb-planner", daemon=True)
+        thread = threading.Thread(
+            target=self._answer, args=(load, current, answers), name="eplb-planner", daemon=True
+        )
         thread.start()
         thread.join(self.timeout_s)
         if not answers:
@@ -47,7 +50,9 @@ class AlgorithmPlanner:
             raise answers[0]
         return answers[0]
 
-    def _answer(self, load: NDArray[np.int64], current: ExpertMap, answers: list[ExpertMap | Exception]) -> None:
+    def _answer(
+        self, load: NDArray[np.int64], current: ExpertMap, answers: list[ExpertMap | Exception]
+    ) -> None:
         try:
             answers.append(self._choose(load, current))
         except Exception as error:

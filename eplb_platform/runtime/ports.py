@@ -1,8 +1,8 @@
 """What the balancing cycle needs from the world around it.
 
-The cycle is written as coroutines over these ports. In production a port's coroutine blocks its thread and never
-suspends, so that `run_blocking` drives a cycle to its end in one call; a simulation hands in ports that suspend and
-so owns time, messages and the interleaving of a thousand ranks.
+The cycle is written as coroutines over these ports. In production a port's coroutine blocks its thread and
+never suspends, so that `run_blocking` drives a cycle to its end in one call; a simulation hands in ports that
+suspend and so owns time, messages and the interleaving of a thousand ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Clock(ABC):
 
     @abstractmethod
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait, without a limit, until `condition` holds; it is looked at whenever the commit gate changes."""
+        """Wait, without a limit, until `condition` holds; it is looked at whenever the commit gate
+        changes.
+        """
 
 
 class ControlPlane(ABC):
@@ -61,7 +63,9 @@ class ControlPlane(ABC):
 
 
 class Group(ABC):
-    """The backend's process group as the cycle uses it. An error here means that the group must be rebuilt."""
+    """The backend's process group as the cycle uses it. An error here means that the group must be
+    rebuilt.
+    """
 
     @abstractmethod
     async def rebuild(self, epoch: int) -> None:
@@ -88,7 +92,9 @@ class Planner(Protocol):
     """Makes the next expert map on the rank that plans."""
 
     async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
-        """load: [windows, layers, logical], tokens over all ranks. Returns the map to move to, `current` to stay."""
+        """load: [windows, layers, logical], tokens over all ranks. Returns the map to move to, `current` to
+        stay.
+        """
         ...
 
 
@@ -96,7 +102,9 @@ class Recorder(Protocol):
     """Keeps what a cycle saw, on the rank that records."""
 
     async def record(self, expert_map: ExpertMap, *, keep_earlier: bool) -> None:
-        """Write the map, unless an earlier cycle's is to be kept; raises OSError when it cannot be written."""
+        """Write the map, unless an earlier cycle's is to be kept; raises OSError when it cannot be
+        written.
+        """
         ...
 
 

@@ -93,7 +93,9 @@ class BackgroundThread:
             self._wake.notify_all()
 
     def close(self, timeout_s: float) -> bool:
-        """Let the running job end and stop the thread; False when it did not end within `timeout_s` seconds."""
+        """Let the running job end and stop the thread; False when it did not end within `timeout_s`
+        seconds.
+        """
         with self._wake:
             self._is_closed = True
             self._wake.notify_all()

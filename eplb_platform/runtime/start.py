@@ -41,16 +41,16 @@ def start_balancer(
 ) -> Balancer:
     """Start balancing `model` on this rank; every rank of the group calls it, and it returns when all have.
 
-    store: shared by all ranks; the balancer takes a client of its own.
+    store: shared by all ranks; the balancer takes clients of its own.
     name: keeps the keys of several models in one store apart.
     on_stage: called in the background thread whenever a cycle enters a stage.
     Raises ValueError when the staging memory is too small, `GroupError` when not every rank comes.
     """
     from torch.distributed import PrefixStore
 
-    own_store = PrefixStore(name, store.clone())
+    for_group, for_cycle = (PrefixStore(name, _client_of(store)) for _ in range(2))
     num_ranks = model.expert_map.topology.num_ranks
-    backend.connect(own_store, rank, num_ranks, config.transfer_timeout_s)
+    backend.connect(for_group, rank, num_ranks, config.transfer_timeout_s)
     backend.warm_up()
     migrator, rules = _migrator_and_rules(config, model, backend, rank)
     planner = _planner(config, num_expert_groups)
@@ -60,7 +60,7 @@ def start_balancer(
     link = RankLink(
         rank,
         num_ranks,
-        plane=StoreControlPlane(own_store),
+        plane=StoreControlPlane(for_cycle),
         group=BackendGroup(backend, migrator),
         clock=ThreadClock(gate.changed),
         gate=gate,
@@ -83,10 +83,18 @@ def start_balancer(
     return balancer
 
 
+def _client_of(store: Store) -> Store:
+    """A client of the same store, so that no call waits for another thread's."""
+    clone: Callable[[], Store] = store.clone  # type: ignore[attr-defined]  # missing from torch's stubs
+    return clone()
+
+
 def _migrator_and_rules(
     config: EplbConfig, model: ServedModel, backend: Backend, rank: int
 ) -> tuple[Migrator | None, CycleRules]:
-    """Staging exists only where experts move; it is allocated here, before the engine measures its free memory."""
+    """Staging exists only where experts move; it is allocated here, before the engine measures its free
+    memory.
+    """
     migrator: Migrator | None = None
     if config.moves_experts:
         max_bytes = None if config.staging_memory_mb is None else int(config.staging_memory_mb * BYTES_PER_MB)

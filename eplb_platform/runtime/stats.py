@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 class BalancerStats:
     """Counters of one rank since its start; moved experts and commits are the same on every rank.
 
-    A stall is time that `Balancer.step` took from the forward thread; a wait is the part of it spent waiting for the
-    decision on a commit.
+    A stall is time that `Balancer.step` took from the forward thread; a wait is the part of it spent waiting
+    for the decision on a commit.
     """
 
     steps: int = 0

@@ -1,4 +1,6 @@
-"""The control plane over a torch.distributed store (TCPStore in an engine; FileStore and HashStore work too)."""
+"""The control plane over a torch.distributed store (TCPStore in an engine; FileStore and HashStore work
+too).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class StoreControlPlane(ControlPlane):
-    """Calls block for one round trip; use one store client per thread, since a client serves one call at a time."""
+    """Calls block for one round trip; use one store client per thread, since a client serves one call at a
+    time.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
