@@ -1,0 +1,99 @@
+"""A model whose experts' weights say who they are, so that a token served by the wrong expert shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from eplb_platform import ExpertMap, Topology
+from eplb_platform.backend import Backend
+
+NUM_LAYERS = 3
+NUM_EXPERTS = 16
+NUM_REDUNDANT = 4
+TOKENS_PER_STEP = 64
+TOP_K = 2
+STEPS_PER_TOPIC = 40
+MODEL_TIMEOUT_S = 60.0
+
+
+class TaggedModel:
+    """One rank of a mixture of experts whose output for a token is the tag of the expert that served it.
+
+    Every forward pass reads the weights of all ranks with the model's own collective, as an all-to-all would,
+    and looks each token up at the physical expert that this rank's tables name. Which experts are hot changes
+    with time.
+    """
+
+    def __init__(self, backend: Backend, store: Store, rank: int, num_ranks: int, prefix: str) -> None:
+        topology = Topology(num_ranks)
+        self.rank = rank
+        self.expert_map = ExpertMap.initial(NUM_LAYERS, NUM_EXPERTS, topology, NUM_REDUNDANT)
+        self._backend = backend
+        self._slots = self.expert_map.slots_per_rank
+        self._group = ProcessGroupGloo(
+            PrefixStore(f"{prefix}/model", store.clone()), rank, num_ranks, timedelta(seconds=MODEL_TIMEOUT_S)
+        )
+        self._num_ranks = num_ranks
+        local = torch.from_numpy(np.array(self.expert_map.by_rank()[:, rank]))
+        self.expert_weights = [
+            [
+                tag(layer, local[layer]).float().unsqueeze(1).repeat(1, 8),
+                tag(layer, local[layer]).unsqueeze(1),
+            ]
+            for layer in range(NUM_LAYERS)
+        ]
+        width = self.expert_map.num_redundant_experts + 1
+        self._tables = torch.from_numpy(np.array(self.expert_map.logical_to_physical_padded(width)))
+        self._counts = torch.from_numpy(np.array(self.expert_map.replica_count))
+        self._width = width
+        self.collectives = 0
+
+    def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
+        tables = expert_map.logical_to_physical_padded(self._width)
+        for layer in layers:
+            self._tables[layer].copy_(torch.from_numpy(np.array(tables[layer])))
+            self._counts[layer].copy_(torch.from_numpy(np.array(expert_map.replica_count[layer])))
+
+    def forward(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        """Serve one batch: (tokens that the wrong expert served, load [layers, physical] that this rank
+        sent).
+        """
+        weights = self._read_all_weights()
+        load = torch.zeros(NUM_LAYERS, self._slots * self._num_ranks, dtype=torch.int64)
+        wrong = 0
+        for layer in range(NUM_LAYERS):
+            logical = route(step, self.rank, layer)
+            physical = self._backend.map_and_record(
+                logical, self._tables[layer], self._counts[layer], load[layer], offset=self.rank
+            )
+            wrong += int((weights[layer, physical] != tag(layer, logical).unsqueeze(-1)).any(-1).sum())
+        return wrong, load.numpy()
+
+    def _read_all_weights(self) -> torch.Tensor:
+        """int64 [layers, physical, parameters]: what each slot's parameters say."""
+        mine = torch.stack([torch.stack((w[:, 0].long(), b[:, 0]), -1) for w, b in self.expert_weights])
+        parts = [torch.empty_like(mine) for _ in range(self._num_ranks)]
+        self._group.allgather([parts], [mine]).wait()
+        self.collectives += 1
+        return torch.cat(parts, dim=1)
+
+
+def tag(layer: int, expert: torch.Tensor) -> torch.Tensor:
+    """What a weight of the expert holds; exact in float32."""
+    return expert.long() + 1000 * (layer + 1)
+
+
+def route(step: int, rank: int, layer: int) -> torch.Tensor:
+    """int64 [tokens, top_k]: a skewed choice of experts whose favourites move on every few steps."""
+    draw = np.random.default_rng((step, rank, layer))
+    topic = step // STEPS_PER_TOPIC
+    ranked = np.random.default_rng((topic, layer)).permutation(NUM_EXPERTS)
+    popularity = 1.0 / np.arange(1, NUM_EXPERTS + 1)
+    chosen = draw.choice(NUM_EXPERTS, size=(TOKENS_PER_STEP, TOP_K), p=popularity / popularity.sum())
+    return torch.from_numpy(ranked[chosen])

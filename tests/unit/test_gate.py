@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from eplb_platform.migration.schedule import Chunk
+from eplb_platform.runtime.gate import CommitGate, ForwardStopped
+
+A_LONG_TIME_S = 60.0
+A_SHORT_TIME_S = 0.05
+
+
+@pytest.fixture
+def chunk() -> Chunk:
+    """The gate only carries the chunk."""
+    return object.__new__(Chunk)
+
+
+def test_boundaries_pass_freely_without_a_promise() -> None:
+    gate = CommitGate()
+    assert [gate.pass_boundary(A_SHORT_TIME_S) for _ in range(3)] == [None] * 3
+    assert gate.boundary == 3
+
+
+def test_an_offer_lies_ahead_by_the_margin_and_not_before_the_given_boundary() -> None:
+    gate = CommitGate()
+    gate.pass_boundary(A_SHORT_TIME_S)
+    assert gate.promise(margin=4, not_before=0) == 5
+    assert gate.promise(margin=4, not_before=30) == 30
+    assert gate.promise(margin=0, not_before=0) == 2, "the boundary already passed can never be offered"
+
+
+def test_the_chunk_is_committed_at_exactly_the_agreed_boundary(chunk: Chunk) -> None:
+    gate = CommitGate()
+    gate.promise(margin=2, not_before=0)
+    gate.commit_at(4, chunk)
+    assert [gate.pass_boundary(A_SHORT_TIME_S) for _ in range(3)] == [None] * 3
+    assert gate.pass_boundary(A_SHORT_TIME_S) is chunk
+    assert not gate.is_committed
+    gate.committed()
+    assert gate.is_committed
+    assert gate.pass_boundary(A_SHORT_TIME_S) is None
+
+
+def test_the_forward_thread_waits_only_at_its_promise_and_goes_on_with_the_answer(chunk: Chunk) -> None:
+    gate = CommitGate()
+    gate.promise(margin=2, not_before=0)
+    assert not gate.would_wait
+    assert gate.pass_boundary(A_SHORT_TIME_S) is None
+    assert gate.would_wait
+    seen: list[Chunk | None] = []
+    forward = threading.Thread(target=lambda: seen.append(gate.pass_boundary(A_LONG_TIME_S)))
+    forward.start()
+    gate.commit_at(2, chunk)
+    forward.join(A_LONG_TIME_S)
+    assert seen == [chunk]
+
+
+def test_a_released_promise_holds_nobody() -> None:
+    gate = CommitGate()
+    gate.promise(margin=1, not_before=0)
+    gate.release()
+    assert gate.pass_boundary(A_SHORT_TIME_S) is None
+
+
+def test_an_unanswered_promise_stops_the_forward_thread() -> None:
+    gate = CommitGate()
+    gate.promise(margin=1, not_before=0)
+    with pytest.raises(ForwardStopped, match=r"did not reach this rank within 0\.05 s"):
+        gate.pass_boundary(A_SHORT_TIME_S)
+
+
+def test_a_lost_store_stops_the_forward_thread_with_its_reason() -> None:
+    gate = CommitGate()
+    gate.promise(margin=1, not_before=0)
+    gate.fail(ConnectionError("store is gone"))
+    with pytest.raises(ForwardStopped, match="store is gone"):
+        gate.pass_boundary(A_LONG_TIME_S)
+
+
+def test_an_agreed_commit_is_never_passed_over(chunk: Chunk) -> None:
+    gate = CommitGate()
+    gate.commit_at(1, chunk)
+    gate.pass_boundary(A_SHORT_TIME_S)
+    with pytest.raises(ForwardStopped, match="past the agreed commit at 1"):
+        gate.pass_boundary(A_SHORT_TIME_S)
