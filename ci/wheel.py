@@ -59,7 +59,9 @@ def run(command: list[str], folder: Path) -> str:
 
 def check_installed(binaries: Path, folder: Path) -> None:
     """Run what proves entry points and package data, and that it is the wheel that runs."""
-    where = "import eplb_platform, eplb_backends; print(eplb_platform.__file__, list(eplb_backends.__path__)[0])"
+    where = (
+        "import eplb_platform, eplb_backends; print(eplb_platform.__file__, list(eplb_backends.__path__)[0])"
+    )
     paths = run([str(binaries / "python"), "-c", where], folder)
     if any(not path.startswith(str(folder)) for path in paths.split()):
         raise SystemExit(f"wheel: the project was imported from elsewhere: {paths}")

@@ -1,4 +1,4 @@
-"""The `eplb` command: bad input ends it with exit code 2 and one line on standard error, never a traceback."""
+"""The `eplb` command. Bad input ends it with exit code 2 and one line on standard error, no traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands and their options. What a command needs is imported when it runs, so that `--help` stays quick."""
+"""The commands and their options.
+
+What a command needs is imported when it runs, so that `--help` stays quick.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from eplb_platform.cli import BAD_INPUT, BadInput
+from eplb_platform.cli import BAD_INPUT
 
 application = typer.Typer(
     name="eplb",
@@ -19,7 +22,9 @@ application = typer.Typer(
     rich_markup_mode=None,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, for machines.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON value on standard output, for machines.")
+]
 
 
 @application.callback()
@@ -41,15 +46,21 @@ def backends(as_json: AsJson = False) -> None:
     for report in reports:
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         state = "usable" if report.usable else f"not usable: {report.reason}"
-        typer.echo(f"{report.name:10} {report.device_type:6} {report.collective:6} {state}  {versions}".rstrip())
+        typer.echo(
+            f"{report.name:10} {report.device_type:6} {report.collective:6} {state}  {versions}".rstrip()
+        )
 
 
 @application.command()
 def validate(
     map_file: Annotated[Path, typer.Argument(metavar="MAP", help="An expert map (JSON).")],
     ranks: Annotated[int | None, typer.Option(min=1, help="The number of ranks it must be for.")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="The number of logical experts in a layer.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="The number of mixture-of-experts layers.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="The number of logical experts in a layer.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="The number of mixture-of-experts layers.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Check an expert map and print every fault, one line each with its place in the file."""
@@ -62,3 +73,65 @@ def validate(
         for line in outcome.lines():
             typer.echo(line, err=not outcome.valid)
     return 0 if outcome.valid else BAD_INPUT
+
+
+@application.command()
+def demo(
+    ranks: Annotated[int, typer.Option(help="Processes that serve the model together.")] = 4,
+    redundant_experts: Annotated[
+        int | None,
+        typer.Option(help="Slots beyond one for each expert.", show_default="about an eighth of the experts"),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Qwen3-MoE checkpoint folder with a byte vocabulary.", show_default="the shipped one"
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text to serve; repeat it to mix several.", show_default="the shipped ones"),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="The backend that moves experts.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
+    expert_map_record_path: Annotated[
+        Path | None,
+        typer.Option(help="Where phase `record` writes its map.", show_default="eplb-demo/expert_map.json"),
+    ] = None,
+    expert_map_path: Annotated[
+        Path | None, typer.Option(help="The map of phase `static`.", show_default="the recorded one")
+    ] = None,
+    heat_interval: Annotated[
+        int | None, typer.Option(help="Forward passes whose load a plan is made from.")
+    ] = None,
+    plan_interval: Annotated[int | None, typer.Option(help="Forward passes a plan may take.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Forward passes of a phase.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the picture goes (PNG).", show_default="eplb-demo/load.png")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few forward passes: shows that it works, not how well.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Serve a small mixture-of-experts model on several ranks and watch it being balanced.
+
+    Exit code 1 when balancing changed a token or did not raise balancedness.
+    """
+    from eplb_platform.cli.demonstration import demonstrate
+
+    given = {
+        "ranks": ranks,
+        "redundant_experts": redundant_experts,
+        "model": model,
+        "texts": tuple(text) if text else None,
+        "backend": backend,
+        "seed": seed,
+        "expert_map_record_path": expert_map_record_path,
+        "expert_map_path": expert_map_path,
+        "heat_interval": heat_interval,
+        "plan_interval": plan_interval,
+        "steps": steps,
+        "picture": picture,
+    }
+    return demonstrate({name: value for name, value in given.items() if value is not None}, quick, as_json)

@@ -1,0 +1,153 @@
+"""What one rank's process does in one phase.
+
+The modules that take seconds to import are imported at the top: the process that all ranks are forked from
+imports this one once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from eplb_platform.backend import Backend, load_backend
+from eplb_platform.config import EplbConfig
+from eplb_platform.demo.measures import load_by_rank
+from eplb_platform.demo.messages import Failure, Orders, Progress, RankResult
+from eplb_platform.demo.schedule import RankBatch
+from eplb_platform.demo.serving import serve
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.heat import Phase
+from eplb_platform.integrations.transformers import ExpertParallelModel, load_expert_parallel
+from eplb_platform.runtime import Balancer, start_balancer
+from eplb_platform.runtime.stats import BalancerStats
+from eplb_platform.topology import Topology
+
+REPORT_EVERY = 12
+"""Forward passes between two reports of progress."""
+GROUP_TIMEOUT = timedelta(seconds=60)
+
+
+def run_rank(orders: Orders, reports: Connection) -> None:
+    """The process's main function: serve the phase and report."""
+    _become_quiet(orders.log)
+    _end_with_parent()
+    try:
+        reports.send(_serve_phase(orders, reports))
+    except BaseException as error:
+        traceback.print_exc()
+        reports.send(Failure(f"{type(error).__name__}: {error}", time.monotonic()))
+        reports.close()
+        os._exit(1)
+
+
+def _become_quiet(log: Path) -> None:
+    """Write what this process prints into the log, and leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    faulthandler.enable()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does, even when the parent is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def end() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, name="end-with-parent", daemon=True).start()
+
+
+def _serve_phase(orders: Orders, reports: Connection) -> RankResult:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", orders.store_port, is_master=False, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore("model", store),
+        rank=orders.rank,
+        world_size=orders.num_ranks,
+        timeout=GROUP_TIMEOUT,
+    )
+    config = (
+        None
+        if orders.eplb_config is None
+        else EplbConfig.from_additional_config(orders.eplb_config, environ={})
+    )
+    backend = load_backend(orders.backend)
+    model = _load_model(orders, config, backend)
+    _warm_up(model, orders.batches[0])
+    balancer = None if config is None else start_balancer(config, model, backend, store, orders.rank)
+    reporter = Reporter(orders.num_ranks, balancer, reports)
+    served = serve(model, orders.batches, reporter.after_forward)
+    if balancer is not None:
+        balancer.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    load = load_by_rank(served.load, orders.num_ranks)
+    return RankResult(served.tokens, load, served.forward_ms, balancer.stats if balancer else None)
+
+
+def _load_model(orders: Orders, config: EplbConfig | None, backend: Backend) -> ExpertParallelModel:
+    """The model with its initial placement, or with the static map that the configuration names."""
+    expert_map = None
+    if config is not None and config.expert_map_path:
+        topology = Topology(orders.num_ranks)
+        experts = orders.num_logical_experts
+        expert_map = ExpertMap.load(config.expert_map_path, num_logical_experts=experts, topology=topology)
+    return load_expert_parallel(
+        orders.model,
+        rank=orders.rank,
+        num_ranks=orders.num_ranks,
+        backend=backend,
+        expert_map=expert_map,
+        num_redundant_experts=orders.redundant_experts,
+    )
+
+
+def _warm_up(model: ExpertParallelModel, batch: RankBatch) -> None:
+    """Serve a prefill and a decode step, uncounted: what is set up on first use is set up now."""
+    serve(model, [RankBatch(batch.prompts, min(2, batch.forwards))], lambda load, phase: None)
+
+
+class Reporter:
+    """Steps the balancer after each forward pass and tells the parent how far this rank is."""
+
+    def __init__(self, num_ranks: int, balancer: Balancer | None, reports: Connection) -> None:
+        self._num_ranks = num_ranks
+        self._balancer = balancer
+        self._reports = reports
+        self._step = 0
+        self._recent: list[NDArray[np.int64]] = []
+
+    def after_forward(self, load: NDArray[np.int64], phase: Phase) -> None:
+        if self._balancer is not None:
+            self._balancer.step(load, phase=phase)
+        self._step += 1
+        self._recent.append(load)
+        if len(self._recent) == REPORT_EVERY:
+            self._report()
+
+    def _report(self) -> None:
+        load = load_by_rank(np.stack(self._recent), self._num_ranks)
+        stats = self._balancer.stats if self._balancer is not None else BalancerStats()
+        self._reports.send(Progress(self._step, load, stats.moved_experts, stats.cycles))
+        self._recent.clear()
