@@ -1,0 +1,1 @@
+"""Tools for tests of anything that is built on the platform: processes, faults, the backend contract."""

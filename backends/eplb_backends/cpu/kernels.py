@@ -1,0 +1,73 @@
+"""The compiled part of the forward path. Without the compiler (NUMBA_DISABLE_JIT=1) it is plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int32] | NDArray[np.int64]
+MapIds = Callable[[Integers, Integers, Integers, NDArray[np.int64], bool, int, NDArray[np.int64]], int]
+
+_GOLDEN_RATIO = 2654435769  # 2**32 / 1.618...
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def _compiled(function: MapIds) -> MapIds:
+    """Compile without the interpreter lock, and keep the result on disk where there is a place for it."""
+    try:
+        compiled: MapIds = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder that can be written
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
+
+
+@_compiled
+def map_ids(
+    logical_ids: Integers,
+    logical_to_physical: Integers,
+    replica_count: Integers,
+    load: NDArray[np.int64],
+    record: bool,
+    offset: int,
+    physical_ids: NDArray[np.int64],
+) -> int:
+    """Fill `physical_ids` and count into `load`; the flat index of the first id that is out of range, or -1.
+
+    Replica: the fractional part of (row + offset) times the golden ratio, scaled to the replica count. Rows
+    that follow each other fall evenly into the replicas; so does every second or third row, all of which a
+    choice by row modulo replicas could send to one replica.
+    """
+    num_logical: int = logical_to_physical.shape[0]
+    num_physical: int = load.shape[0]
+    rows: int = logical_ids.shape[0]
+    top_k: int = logical_ids.shape[1]
+    for row in range(rows):
+        fraction = ((row + offset) * _GOLDEN_RATIO) & _LOW_32_BITS
+        for choice in range(top_k):
+            logical = int(logical_ids[row, choice])
+            if 0 <= logical < num_logical:
+                replica = (fraction * int(replica_count[logical])) >> 32
+                physical = int(logical_to_physical[logical, replica])
+                physical_ids[row, choice] = physical
+                if record:
+                    if not 0 <= physical < num_physical:
+                        return row * top_k + choice
+                    load[physical] += 1
+            elif logical == -1:
+                physical_ids[row, choice] = -1
+            else:
+                return row * top_k + choice
+    return -1
+
+
+def warm() -> None:
+    """Compile for every combination of integer types that the forward path may bring."""
+    load = np.zeros(1, np.int64)
+    one_32, one_64 = np.ones(1, np.int32), np.ones(1, np.int64)
+    for ids in (one_32, one_64):
+        for count in (one_32, one_64):
+            table = count.reshape(1, 1) - 1
+            map_ids(ids.reshape(1, 1) - 1, table, count, load, True, 0, np.empty((1, 1), np.int64))
