@@ -51,12 +51,15 @@ def plan_chunks(
             for slot in range(num_physical):
                 if batch_of[slot] == batch:
                     arrivals[slot // slots_per_rank] += 1
-            full = layers_in_chunk == layers_per_chunk or np.any(used + arrivals > staging_slots)
-            if layers_in_chunk > 0 and (full or batch > 0):
+            full = layers_in_chunk == layers_per_chunk or batch > 0
+            for rank in range(num_ranks):
+                full = full or used[rank] + arrivals[rank] > staging_slots
+            if layers_in_chunk > 0 and full:
                 chunk += 1
                 layers_in_chunk = 0
                 used[:] = 0
-            used += arrivals
+            for rank in range(num_ranks):
+                used[rank] += arrivals[rank]
             layers_in_chunk += 1
             for slot in range(num_physical):
                 if batch_of[slot] == batch:
@@ -77,6 +80,7 @@ def split_layer(
     room = np.full(num_physical // slots_per_rank, staging_slots, np.int32)
     replicas = np.zeros(num_logical, np.int32)
     pending = 0
+    fits = True
     for slot in range(num_physical):
         if old[slot] >= 0:
             replicas[old[slot]] += 1
@@ -85,9 +89,10 @@ def split_layer(
             batch_of[slot] = 0
             pending += 1
             room[slot // slots_per_rank] -= 1
+            fits = fits and room[slot // slots_per_rank] >= 0
     if pending == 0:
         return 0
-    if room.min() >= 0:
+    if fits:
         return 1
 
     bring_start, bring = moves_by_arrival(new, batch_of, num_logical)
@@ -224,10 +229,9 @@ def choose_sources(
         start, candidates = list_candidates(
             current, new, layer[first:last], target[first:last], num_logical, slots_per_rank, node_of_rank
         )
-        source[first:last] = balance_senders(
-            target[first:last], start, candidates, slots_per_rank, len(node_of_rank)
-        )
+        chosen = balance_senders(target[first:last], start, candidates, slots_per_rank, len(node_of_rank))
         for move in range(first, last):
+            source[move] = chosen[move - first]
             current[layer[move], target[move]] = new[layer[move], target[move]]
     return source
 
@@ -236,7 +240,10 @@ def choose_sources(
 def list_candidates(
     current: Ids, new: Ids, layer: Ids, target: Ids, num_logical: int, slots_per_rank: int, node_of_rank: Ids
 ) -> tuple[Ids, Ids]:
-    """Slots that may serve each move, at most one per rank: candidates[start[m]:start[m + 1]], ascending."""
+    """Slots that may serve each move, at most one per rank: candidates[start[m]:start[m + 1]], ascending.
+
+    `candidates` has room for more than it holds.
+    """
     num_physical = current.shape[1]
     start = np.zeros(len(layer) + 1, np.int32)
     candidates = np.empty(max(len(layer), 1) * 4, np.int32)
@@ -256,7 +263,8 @@ def list_candidates(
         count = start[move]
         if count + len(holders) > len(candidates):
             grown = np.empty(2 * len(candidates) + len(holders), np.int32)
-            grown[:count] = candidates[:count]
+            for i in range(count):
+                grown[i] = candidates[i]
             candidates = grown
         before = -1
         for slot in holders:
@@ -266,7 +274,7 @@ def list_candidates(
                 count += 1
                 before = sender
         start[move + 1] = count
-    return start, candidates[: start[len(layer)]]
+    return start, candidates
 
 
 @kernel
@@ -305,8 +313,7 @@ def balance_senders(target: Ids, start: Ids, candidates: Ids, slots_per_rank: in
     moves = len(target)
     chosen = np.empty(moves, np.int32)
     sends = np.zeros(num_ranks, np.int32)
-    choices = start[1:] - start[:-1]
-    for move in np.argsort(choices, kind="mergesort"):
+    for move in by_choice(start, num_ranks):
         best = candidates[start[move]]
         for i in range(start[move] + 1, start[move + 1]):
             if sends[candidates[i] // slots_per_rank] < sends[best // slots_per_rank]:
@@ -317,6 +324,23 @@ def balance_senders(target: Ids, start: Ids, candidates: Ids, slots_per_rank: in
     while relieve_busiest(target, start, candidates, slots_per_rank, chosen, sends):
         pass
     return chosen
+
+
+@kernel
+def by_choice(start: Ids, num_ranks: int) -> Ids:
+    """The moves, those with the fewest candidates first: a counting sort."""
+    moves = len(start) - 1
+    filled = np.zeros(num_ranks + 2, np.int32)
+    for move in range(moves):
+        filled[start[move + 1] - start[move] + 1] += 1
+    for choices in range(num_ranks + 1):
+        filled[choices + 1] += filled[choices]
+    ordered = np.empty(moves, np.int32)
+    for move in range(moves):
+        choices = start[move + 1] - start[move]
+        ordered[filled[choices]] = move
+        filled[choices] += 1
+    return ordered
 
 
 @kernel
