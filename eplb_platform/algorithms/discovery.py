@@ -83,4 +83,4 @@ def _load_entry_points(names: tuple[str, ...]) -> tuple[dict[str, type[Algorithm
 def _unknown(what: str, name: str, known: tuple[str, ...]) -> str:
     nearest = get_close_matches(name, known, n=1)
     guess = f", did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{what}{guess} Known: {', '.join(known) or 'none'}"
+    return f"{what}{guess} (known: {', '.join(known) or 'none'})"

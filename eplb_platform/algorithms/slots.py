@@ -31,9 +31,10 @@ def keep_ranks(placed: Slots, current: ExpertMap, node_ranks: NDArray[np.int64])
     Returns a new array.
     """
     num_layers, (num_nodes, ranks_per_node) = len(placed), node_ranks.shape
+    serving = node_ranks.reshape(-1)
     kept = _by_rank(placed, current)
-    old = _by_rank(current.physical_to_logical, current)[:, node_ranks.reshape(-1)]
-    new = kept[:, node_ranks.reshape(-1)]
+    old = np.take(_by_rank(current.physical_to_logical, current), serving, axis=1)
+    new = np.take(kept, serving, axis=1)
     if num_nodes > 1:
         new = _exchange(
             new.reshape(num_layers, num_nodes, -1), old.reshape(num_layers, num_nodes, -1), current
@@ -43,7 +44,7 @@ def keep_ranks(placed: Slots, current: ExpertMap, node_ranks: NDArray[np.int64])
         old.reshape(num_layers * num_nodes, ranks_per_node, -1),
         current,
     )
-    kept[:, node_ranks.reshape(-1)] = new.reshape(num_layers, num_nodes * ranks_per_node, -1)
+    kept[:, serving] = new.reshape(num_layers, len(serving), -1)
     return kept.reshape(placed.shape)
 
 
