@@ -13,6 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint
+from inspect import isabstract
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
@@ -229,3 +232,121 @@ class Backend(ABC):
     @abstractmethod
     def timer(self) -> DeviceTimer:
         """A new timer for the current device."""
+
+
+# --- who stands behind the door ---
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What was found under one name: whether it can be used here and, in one line, why or why not."""
+
+    name: str
+    device_type: str
+    """Empty, like `collective`, when the backend could not even be imported."""
+    collective: str
+    usable: bool
+    reason: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def discover_backends() -> list[BackendReport]:
+    """A report on every installed backend, by name. Nothing that a backend does wrong is raised."""
+    return [_examine(name, offers)[0] for name, offers in _installed().items()]
+
+
+def load_backend(name: str = "auto", *, device_type: str | None = None) -> Backend:
+    """A new backend, not yet connected. Only the one that is named is imported.
+
+    `auto` takes the usable one for `device_type` (as in `torch.device.type`; cpu if not given). Raises
+    `BackendError` when there is none, or more than one, or the named one is not usable or for another device.
+    """
+    installed = _installed()
+    if name == "auto":
+        name = _only_one_for(device_type or "cpu", installed)
+    if name not in installed:
+        nearest = "".join(f" Did you mean {match!r}?" for match in get_close_matches(name, installed, n=1))
+        raise BackendError(f"no backend {name!r}.{nearest} Installed: {', '.join(installed) or 'none'}")
+    report, backend = _examine(name, installed[name])
+    if backend is None:
+        raise BackendError(f"backend {name!r} cannot be used: {report.reason}")
+    if device_type not in (None, report.device_type):
+        raise BackendError(f"backend {name!r} is for {report.device_type}, not for {device_type}")
+    try:
+        return backend()
+    except Exception as error:
+        raise BackendError(f"backend {name!r} cannot be used: {_one_line(error)}") from error
+
+
+def _installed() -> dict[str, list[EntryPoint]]:
+    """Entry points by name, in alphabetical order; several under one name when several packages offer it."""
+    from stevedore import (
+        NamedExtensionManager,
+    )  # late: takes 50 ms, and many processes need only the contract
+
+    lister: NamedExtensionManager[Backend] = NamedExtensionManager(
+        NAMESPACE, names=[]
+    )  # so that none is loaded
+    installed: dict[str, list[EntryPoint]] = {}
+    for entry_point in sorted(lister.list_entry_points(), key=lambda found: (found.name, found.value)):
+        installed.setdefault(entry_point.name, []).append(entry_point)
+    return installed
+
+
+def _only_one_for(device_type: str, installed: Mapping[str, list[EntryPoint]]) -> str:
+    reports = [_examine(name, offers)[0] for name, offers in installed.items()]
+    matching = [report.name for report in reports if report.usable and report.device_type == device_type]
+    if len(matching) > 1:
+        raise BackendError(
+            f"{len(matching)} backends are for {device_type}: name one of {', '.join(matching)}"
+        )
+    if not matching:
+        others = "; ".join(
+            f"{report.name} ({report.device_type or '?'}): {report.reason}" for report in reports
+        )
+        raise BackendError(f"no usable backend for {device_type!r}. Installed: {others or 'none'}")
+    return matching[0]
+
+
+def _examine(name: str, offers: Sequence[EntryPoint]) -> tuple[BackendReport, type[Backend] | None]:
+    """A report and, if it is usable, the class. Loaded one by one: stevedore gives up at an assertion."""
+    offer, *duplicates = offers
+    if duplicates:
+        places = ", ".join(duplicate.value for duplicate in offers)
+        return BackendReport(
+            name, "", "", False, f"offered {len(offers)} times ({places}): uninstall one"
+        ), None
+    try:
+        backend = offer.load()
+    except (Exception, SystemExit) as error:
+        return BackendReport(name, "", "", False, f"{offer.value} fails to import: {_one_line(error)}"), None
+    fault = _fault(backend)
+    if fault is not None:
+        return BackendReport(name, "", "", False, f"{offer.value} {fault}"), None
+    identity = name, backend.device_type, backend.collective
+    try:
+        here = backend.availability()
+        report = BackendReport(*identity, here.usable, " ".join(here.reason.split()), dict(here.versions))
+    except (Exception, SystemExit) as error:
+        report = BackendReport(*identity, False, f"{offer.value}.availability() fails: {_one_line(error)}")
+    return report, backend if report.usable else None
+
+
+def _fault(backend: object) -> str | None:
+    """Why what an entry point names is no backend for this release; None if it is one."""
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        return "is not a subclass of eplb_platform.backend.Backend"
+    if backend.contract_version != CONTRACT_VERSION:
+        return f"is written for version {backend.contract_version} of the contract, not {CONTRACT_VERSION}"
+    if isabstract(backend):
+        return f"lacks {', '.join(sorted(backend.__abstractmethods__))}"
+    missing = [
+        attribute
+        for attribute in ("device_type", "collective")
+        if not isinstance(getattr(backend, attribute, None), str)
+    ]
+    return f"lacks {', '.join(missing)}" if missing else None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

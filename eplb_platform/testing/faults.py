@@ -19,10 +19,10 @@ def with_fault(
     delay_s: float = 0.0,
     drop: bool = False,
 ) -> AnyBackend:
-    """Make the `call`-th call of `backend.<method>` go wrong, counted from 1 and from now; None means every call.
+    """Make the `call`-th call of `backend.<method>` go wrong, counted from 1 and from now; None: every call.
 
-    At that call: sleep `delay_s` seconds, then raise `error` if there is one, then return without doing anything
-    if `drop`, else do what the method does. Other calls are untouched. Returns the same backend; faults add up.
+    At that call: sleep `delay_s` seconds, then raise `error` if there is one, then do nothing if `drop`, else
+    what the method does. Other calls are untouched. Returns the same backend; faults add up.
     """
     original = getattr(backend, method, None)
     if not callable(original):

@@ -65,9 +65,10 @@ class CpuBackend(Backend):
 
         group = self._open_group()
         byte = torch.zeros(1, dtype=torch.uint8)
-        self.exchange(
+        group.exchange(
             [Message(peer, byte) for peer in group.peers],
             [Message(peer, byte.clone()) for peer in group.peers],
+            self._timeout_s,
         )
         kernels.warm()
         group.meet("warm up", self._timeout_s + _COMPILE_S)
@@ -106,15 +107,17 @@ class CpuBackend(Backend):
         parts = np.array_split(_as_int64(values).ravel(), self._num_ranks)
         own = np.array(parts[self._rank])
         shares = np.empty((len(group.peers), own.size), np.int64)
-        self.exchange(
+        group.exchange(
             [_message(peer, parts[peer]) for peer in group.peers],
             [_message(peer, share) for peer, share in zip(group.peers, shares, strict=True)],
+            self._timeout_s,
         )
         own += shares.sum(axis=0)
         sums = [own if rank == self._rank else np.empty_like(part) for rank, part in enumerate(parts)]
-        self.exchange(
+        group.exchange(
             [_message(peer, own) for peer in group.peers],
             [_message(peer, sums[peer]) for peer in group.peers],
+            self._timeout_s,
         )
         return np.concatenate(sums).reshape(values.shape)
 
@@ -124,9 +127,9 @@ class CpuBackend(Backend):
             raise ValueError(f"rank {self._rank}: source {source} is not one of {self._num_ranks} ranks")
         result = np.array(_as_int64(values), order="C")
         if source == self._rank:
-            self.exchange([_message(peer, result) for peer in group.peers], [])
+            group.exchange([_message(peer, result) for peer in group.peers], [], self._timeout_s)
         else:
-            self.exchange([], [_message(source, result)])
+            group.exchange([], [_message(source, result)], self._timeout_s)
         return result
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
