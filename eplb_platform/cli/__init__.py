@@ -20,8 +20,10 @@ def run(arguments: list[str] | None = None) -> int:
 
     try:
         code = application(args=arguments, prog_name="eplb", standalone_mode=False)
-    except (BadInput, typer.TyperException) as error:
-        return _say(_message(error))
+    except typer.TyperException as error:
+        return _say(f"{error.format_message()} (see eplb --help)")
+    except BadInput as error:
+        return _say(str(error))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     return code if isinstance(code, int) else 0
@@ -31,13 +33,7 @@ def main() -> None:
     sys.exit(run())
 
 
-def _message(error: Exception) -> str:
-    """The error on one line, whatever it holds."""
-    format_message = getattr(error, "format_message", None)
-    text = format_message() if callable(format_message) else str(error)
-    return " ".join(str(text).split())
-
-
 def _say(message: str) -> int:
-    print(f"eplb: {message}", file=sys.stderr)
+    """Print an error on one line, whatever it holds."""
+    print("eplb:", *message.split(), file=sys.stderr)
     return BAD_INPUT

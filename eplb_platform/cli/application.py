@@ -17,7 +17,6 @@ application = typer.Typer(
     name="eplb",
     help="Expert parallelism load balancing for mixture-of-experts models.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -34,7 +33,10 @@ def eplb() -> None:
 
 @application.command()
 def backends(as_json: AsJson = False) -> None:
-    """List the backends that are installed, and whether this machine can run them."""
+    """List the backends and whether they can be used.
+
+    A backend is for one family of devices; it is found when its package is installed.
+    """
     from dataclasses import asdict
 
     from eplb_platform.backend import discover_backends
@@ -63,7 +65,10 @@ def validate(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Check an expert map and print every fault, one line each with its place in the file."""
+    """Print every fault of an expert map file.
+
+    One line for each fault, with its place in the file; exit code 2 when there is one.
+    """
     from eplb_platform.cli.validation import check
 
     outcome = check(map_file, ranks=ranks, experts=experts, layers=layers)
@@ -102,10 +107,12 @@ def demo(
         Path | None, typer.Option(help="The map of phase `static`.", show_default="the recorded one")
     ] = None,
     heat_interval: Annotated[
-        int | None, typer.Option(help="Forward passes whose load a plan is made from.")
+        int | None, typer.Option(help="Forward passes whose load a plan is made from.", show_default="48")
     ] = None,
-    plan_interval: Annotated[int | None, typer.Option(help="Forward passes a plan may take.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Forward passes of a phase.")] = None,
+    plan_interval: Annotated[
+        int | None, typer.Option(help="Forward passes a plan may take.", show_default="8")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Forward passes of a phase.", show_default="480")] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Where the picture goes (PNG).", show_default="eplb-demo/load.png")
     ] = None,
@@ -114,7 +121,9 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Serve a small mixture-of-experts model on several ranks and watch it being balanced.
+    """Watch a model being balanced while it serves.
+
+    A small mixture-of-experts model is served by several processes, without balancing and with it.
 
     Exit code 1 when balancing changed a token or did not raise balancedness.
     """

@@ -10,6 +10,8 @@ from eplb_platform.records import expert_map_json
 from eplb_platform.records.fault import Fault
 from eplb_platform.topology import Topology
 
+MOST_FAULTS = 10_000
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -58,7 +60,9 @@ class Outcome:
 def check(path: Path, *, ranks: int | None, experts: int | None, layers: int | None) -> Outcome:
     """Check a file against itself and against the numbers that are given."""
     topology = None if ranks is None else Topology(ranks)
-    found = list(expert_map_json.faults(path, num_logical_experts=experts, topology=topology))
+    found = list(
+        expert_map_json.faults(path, num_logical_experts=experts, topology=topology, limit=MOST_FAULTS)
+    )
     if found:
         return Outcome(path, tuple(found), None)
     held = expert_map_json.read(path, num_logical_experts=experts, topology=topology)

@@ -17,7 +17,6 @@ class CheckpointShape:
     num_layers: int
     """Mixture-of-experts layers only."""
     num_logical_experts: int
-    num_experts_per_token: int
     max_positions: int
 
 
@@ -30,11 +29,12 @@ def read_shape(folder: Path) -> CheckpointShape:
         )
     with CheckpointFolder(folder):
         pass
+    # transformers 5 writes the number of experts under another name than the hub's checkpoints have.
+    experts = "num_experts" if "num_experts" in config else "num_local_experts"
     return CheckpointShape(
         num_layers=len(_moe_layers(config, folder)),
-        num_logical_experts=_positive(config, "num_experts", folder),
-        num_experts_per_token=_positive(config, "num_experts_per_tok", folder),
-        max_positions=_positive(config, "max_position_embeddings", folder),
+        num_logical_experts=_positive(config, experts, folder),
+        max_positions=_positive(config, "max_position_embeddings", folder, default=32768),
     )
 
 

@@ -57,16 +57,23 @@ class Ranks(AbstractContextManager["Ranks"]):
     def __init__(self, orders: Sequence[Orders]) -> None:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
+        try:
+            for order in orders:
+                self._start(order)
+        except OSError as error:
+            self.__exit__()
+            raise RankFailed(f"its process cannot be started: {error}") from error
+
+    def _start(self, order: Orders) -> None:
         starter = context()
-        for order in orders:
-            receiver, sender = starter.Pipe(duplex=False)
-            process = starter.Process(
-                target=_run_rank, args=(order, sender), name=f"rank {order.rank}", daemon=True
-            )
-            process.start()
-            sender.close()
-            self._processes.append(process)
-            self._pipes.append(receiver)
+        receiver, sender = starter.Pipe(duplex=False)
+        process = starter.Process(
+            target=_run_rank, args=(order, sender), name=f"rank {order.rank}", daemon=True
+        )
+        process.start()
+        sender.close()
+        self._processes.append(process)
+        self._pipes.append(receiver)
 
     def __exit__(self, *exception: object) -> None:
         for process in self._processes:

@@ -76,6 +76,9 @@ def check(options: DemoSettings) -> CheckedSettings:
         raise ValueError(
             f"--ranks {options.ranks}: more than the {shape.num_logical_experts} experts can fill"
         )
+    longest = options.serving.prompt_tokens + options.serving.forwards_per_batch
+    if longest > shape.max_positions:
+        raise ValueError(f"{options.model}: takes {shape.max_positions} tokens, the demo serves {longest}")
     redundant = _redundant_experts(options, shape.num_logical_experts)
     _check_texts(options)
     _check_numbers(options)
