@@ -11,9 +11,7 @@ topology only.
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.records import strict_json
 from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe
+from eplb_platform.records.fault import Fault, Faults, RecordError, describe, file_size
 from eplb_platform.topology import Topology
 
 MAX_FILE_BYTES = 1 << 30
@@ -100,63 +99,16 @@ def _layer_text(layer: int, ranks: list[list[int]]) -> str:
     return f'  {{"layer_id": {layer}, "device_count": {len(ranks)}, "device_list": [\n{devices}\n  ]}}'
 
 
-class _RepeatedKeys(_Object):
-    """A JSON object that has a key twice."""
-
-    keys_given_twice: list[str]
-
-
-def _object(pairs: list[tuple[str, object]]) -> _Object:
-    plain = dict(pairs)
-    if len(plain) == len(pairs):
-        return plain
-    repeated = _RepeatedKeys(plain)
-    repeated.keys_given_twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
-    return repeated
-
-
-class _ConstantError(ValueError):
-    """NaN or Infinity, which Python would read and JSON does not have."""
-
-
-def _refuse_constant(name: str) -> object:
-    raise _ConstantError(f"{name} is no JSON value")
-
-
 def _parse(path: str | os.PathLike[str]) -> object:
     """The JSON document at `path`. Raises RecordError when there is none."""
-    text = _text(path)
+    size = file_size(path)
+    if size > MAX_FILE_BYTES:
+        raise RecordError(path, Fault("", f"{size} bytes, expected at most {MAX_FILE_BYTES}"))
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        place, message = f"line {error.lineno}, column {error.colno}", f"no valid JSON: {error.msg}"
-    except RecursionError:
-        place, message = "", "nested too deeply for an expert map"
-    except _ConstantError as error:
-        place, message = "", f"no valid JSON: {error}"
-    except ValueError:  # Python's own limit, which keeps the conversion from taking for ever
-        place, message = "", "a number has too many digits"
-    raise RecordError(path, Fault(place, message))
-
-
-def _text(path: str | os.PathLike[str]) -> str:
-    try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            # Asked before opening: opening a pipe would wait for its writer.
-            raise RecordError(path, Fault("", "expected a file, not a folder or a device"))
-        if status.st_size > MAX_FILE_BYTES:
-            raise RecordError(path, Fault("", f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}"))
-        return Path(path).read_bytes().decode("utf-8-sig")
+        content = Path(path).read_bytes()
     except OSError as error:
-        message = describe(error)
-    except UnicodeDecodeError as error:
-        message = f"no UTF-8 text: {error.reason} at byte {error.start}"
-    except RecordError:
-        raise
-    except ValueError as error:  # a path with a null byte
-        message = str(error)
-    raise RecordError(path, Fault("", message))
+        raise RecordError(path, Fault("", describe(error))) from error
+    return strict_json.parse(path, content)
 
 
 @dataclass(frozen=True)
@@ -367,7 +319,7 @@ def _objects(values: list[object], place: str, found: Faults) -> list[_Entry]:
 
 
 def _check_keys(entry: _Entry, found: Faults) -> None:
-    if isinstance(entry.content, _RepeatedKeys):
+    if isinstance(entry.content, strict_json.RepeatedKeys):
         for key in entry.content.keys_given_twice:
             found.add(entry.place, f"the key {shortened(key)} stands more than once")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,3 +68,20 @@ class RecordError(ValueError):
 def describe(error: OSError) -> str:
     """The system's words for what went wrong, without the path, which RecordError puts in front."""
     return error.strerror or type(error).__name__
+
+
+def file_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of the file at `path`. Raises RecordError when there is no plain file.
+
+    To be asked before opening: opening a pipe would wait for its writer.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path would read an empty text as the current folder
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
+    except ValueError as error:  # a null byte
+        raise RecordError(path, Fault("", str(error))) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no plain file"
+        raise RecordError(path, Fault("", f"{kind}, expected a file"))
+    return status.st_size
