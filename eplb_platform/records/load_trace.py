@@ -41,7 +41,7 @@ _DTYPE_OF_NAME: dict[str, np.dtype[np.integer]] = {
     "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),
 }
-_NAME_OF_DTYPE = {dtype: name for name, dtype in _DTYPE_OF_NAME.items()}
+_LOAD_DTYPES = ("I32", "I64")
 _MAX_HEADER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 24
 
@@ -128,7 +128,8 @@ class LoadTraceWriter:
         """metadata: texts for the header; dtype: of the counts, int32 or int64"""
         self.path = Path(path)
         self._row_shape = (num_layers, num_logical_experts)
-        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._dtype_name = _load_dtype(dtype)
+        self._dtype = _DTYPE_OF_NAME[self._dtype_name]
         self._metadata = {**(metadata or {}), "format_version": FORMAT_VERSION}
         self._phases = bytearray()
         self._published_steps = -1
@@ -206,8 +207,6 @@ class LoadTraceWriter:
     def _check_form(self) -> None:
         if min(self._row_shape) < 1:
             raise ValueError(f"[layers, logical] is {list(self._row_shape)}, expected at least 1 of each")
-        if _NAME_OF_DTYPE.get(self._dtype) not in ("I32", "I64"):
-            raise ValueError(f"dtype is {self._dtype}, expected int32 or int64")
         for key, value in self._metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise ValueError(f"metadata {shortened(key)} is {shortened(value)}, expected text for text")
@@ -277,7 +276,7 @@ class LoadTraceWriter:
         header = {
             "__metadata__": self._metadata,
             "expert_load": {
-                "dtype": _NAME_OF_DTYPE.get(self._dtype),
+                "dtype": self._dtype_name,
                 "shape": [steps, *self._row_shape],
                 "data_offsets": [0, load_end],
             },
@@ -287,6 +286,14 @@ class LoadTraceWriter:
         # Spaces up to a multiple of 8, so that the counts are aligned in memory.
         text = text.ljust(-(-len(text) // 8) * 8)
         return struct.pack("<Q", len(text)) + text
+
+
+def _load_dtype(dtype: DTypeLike) -> str:
+    """The file's name of int32 or int64."""
+    for name in _LOAD_DTYPES:
+        if np.dtype(dtype).newbyteorder("<") == _DTYPE_OF_NAME[name]:
+            return name
+    raise ValueError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
 
 
 @dataclass(frozen=True)
@@ -321,7 +328,7 @@ def _read_header(path: _Path, file: BinaryIO, size: int) -> tuple[strict_json.Ob
 
 def _layout(path: _Path, header: strict_json.Object, name: str, data_start: int, size: int) -> _Layout:
     """Where tensor `name` lies, checked against the file's size and what a trace has."""
-    dtypes, num_dimensions = (("U8",), 1) if name == "phase" else (("I32", "I64"), 3)
+    dtypes, num_dimensions = (("U8",), 1) if name == "phase" else (_LOAD_DTYPES, 3)
     entry = header.get(name)
     if not isinstance(entry, dict):
         raise RecordError(path, Fault(name, "missing, expected a tensor"))
