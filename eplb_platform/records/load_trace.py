@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -77,33 +77,34 @@ def read(path: _Path) -> LoadTrace:
 
     Its values are checked chunk by chunk. Raises RecordError with the place of what is wrong.
     """
-    size = file_size(path)
+    file_size(path)
     try:
+        # One open file for everything: another trace may be put at the path meanwhile.
         with Path(path).open("rb") as file:
-            header, data_start = _read_header(path, file, size)
+            trace = _map_trace(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise RecordError(path, Fault("", describe(error))) from error
-    layout = {name: _layout(path, header, name, data_start, size) for name in ("expert_load", "phase")}
-    metadata = _metadata(path, header)
-    load, phase = layout["expert_load"], layout["phase"]
-    if phase.shape != load.shape[:1]:
-        raise RecordError(path, Fault("phase", f"{phase.shape[0]} steps, expected {load.shape[0]}"))
-    trace = LoadTrace(cast(_Load, load.map(path)), cast("NDArray[np.uint8]", phase.map(path)), metadata)
     _check_values(path, trace)
     return trace
 
 
 def write(path: _Path, trace: LoadTrace) -> None:
     """Write the trace to `path`, atomically; folders that are missing are made. Raises RecordError."""
-    steps, layers, experts = trace.expert_load.shape
-    if steps != trace.phase.size:
-        raise RecordError(path, Fault("phase", f"{trace.phase.size} steps, expected {steps}"))
-    dtype = trace.expert_load.dtype
-    with LoadTraceWriter(
-        path, num_layers=layers, num_logical_experts=experts, metadata=trace.metadata, dtype=dtype
-    ) as writer:
-        for load, phase in zip(trace.expert_load, trace.phase.tolist(), strict=True):
-            writer.append(load, phase)
+    if trace.phase.shape != (trace.num_steps,):
+        raise RecordError(path, Fault("phase", f"{trace.phase.size} steps, expected {trace.num_steps}"))
+    _check_values(path, trace)
+    name = _load_dtype(trace.expert_load.dtype)
+
+    def write_to(file: BinaryIO) -> None:
+        file.write(_header(name, trace.expert_load.shape, trace.metadata))
+        for _, chunk in _chunks(trace.expert_load):
+            file.write(chunk.astype(_DTYPE_OF_NAME[name]).tobytes())
+        file.write(trace.phase.astype(np.uint8).tobytes())
+
+    try:
+        write_atomically(path, write_to)
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
 
 
 class LoadTraceWriter:
@@ -130,7 +131,7 @@ class LoadTraceWriter:
         self._row_shape = (num_layers, num_logical_experts)
         self._dtype_name = _load_dtype(dtype)
         self._dtype = _DTYPE_OF_NAME[self._dtype_name]
-        self._metadata = {**(metadata or {}), "format_version": FORMAT_VERSION}
+        self._metadata = dict(metadata or {})
         self._phases = bytearray()
         self._published_steps = -1
         self._row_bytes = prod(self._row_shape) * self._dtype.itemsize
@@ -210,8 +211,7 @@ class LoadTraceWriter:
         for key, value in self._metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise ValueError(f"metadata {shortened(key)} is {shortened(value)}, expected text for text")
-        if len(self._header(0)) > _MAX_HEADER_BYTES // 2:
-            raise ValueError(f"the metadata is larger than {_MAX_HEADER_BYTES // 2} bytes")
+        _header(self._dtype_name, (10**15, *self._row_shape), self._metadata)  # the longest that may come
 
     def _open_spool(self) -> int:
         spool = -1
@@ -261,7 +261,7 @@ class LoadTraceWriter:
         self._published_steps = len(phases)
 
     def _write_trace(self, file: BinaryIO, phases: bytes) -> None:
-        file.write(self._header(len(phases)))
+        file.write(_header(self._dtype_name, (len(phases), *self._row_shape), self._metadata))
         offset, end = 0, len(phases) * self._row_bytes
         while offset < end:
             chunk = os.pread(self._open_descriptor(), min(_CHUNK_BYTES, end - offset), offset)
@@ -271,21 +271,22 @@ class LoadTraceWriter:
             offset += len(chunk)
         file.write(phases)
 
-    def _header(self, steps: int) -> bytes:
-        load_end = steps * self._row_bytes
-        header = {
-            "__metadata__": self._metadata,
-            "expert_load": {
-                "dtype": self._dtype_name,
-                "shape": [steps, *self._row_shape],
-                "data_offsets": [0, load_end],
-            },
-            "phase": {"dtype": "U8", "shape": [steps], "data_offsets": [load_end, load_end + steps]},
-        }
-        text = json.dumps(header, ensure_ascii=False).encode()
-        # Spaces up to a multiple of 8, so that the counts are aligned in memory.
-        text = text.ljust(-(-len(text) // 8) * 8)
-        return struct.pack("<Q", len(text)) + text
+
+def _header(dtype_name: str, shape: Sequence[int], metadata: Mapping[str, str]) -> bytes:
+    """The file's beginning, for a load of that dtype and shape."""
+    steps = shape[0]
+    load_end = prod(shape) * _DTYPE_OF_NAME[dtype_name].itemsize
+    header = {
+        "__metadata__": {**metadata, "format_version": FORMAT_VERSION},
+        "expert_load": {"dtype": dtype_name, "shape": list(shape), "data_offsets": [0, load_end]},
+        "phase": {"dtype": "U8", "shape": [steps], "data_offsets": [load_end, load_end + steps]},
+    }
+    text = json.dumps(header, ensure_ascii=False).encode()
+    # Spaces up to a multiple of 8, so that the counts are aligned in memory.
+    text = text.ljust(-(-len(text) // 8) * 8)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise ValueError(f"the trace's header has {len(text)} bytes, expected at most {_MAX_HEADER_BYTES}")
+    return struct.pack("<Q", len(text)) + text
 
 
 def _load_dtype(dtype: DTypeLike) -> str:
@@ -304,13 +305,20 @@ class _Layout:
     shape: tuple[int, ...]
     offset: int
 
-    def map(self, path: _Path) -> NDArray[np.integer]:
+    def map(self, file: BinaryIO) -> NDArray[np.integer]:
         if not prod(self.shape):
             return np.zeros(self.shape, dtype=self.dtype)  # nothing cannot be mapped
-        try:
-            return np.memmap(path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
-        except (OSError, ValueError) as error:
-            raise RecordError(path, Fault("", f"cannot be mapped into memory: {error}")) from error
+        return np.memmap(file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
+
+
+def _map_trace(path: _Path, file: BinaryIO, size: int) -> LoadTrace:
+    header, data_start = _read_header(path, file, size)
+    load = _layout(path, header, "expert_load", data_start, size)
+    phase = _layout(path, header, "phase", data_start, size)
+    if phase.shape != load.shape[:1]:
+        raise RecordError(path, Fault("phase", f"{phase.shape[0]} steps, expected {load.shape[0]}"))
+    metadata = _metadata(path, header)
+    return LoadTrace(cast(_Load, load.map(file)), cast("NDArray[np.uint8]", phase.map(file)), metadata)
 
 
 def _read_header(path: _Path, file: BinaryIO, size: int) -> tuple[strict_json.Object, int]:
