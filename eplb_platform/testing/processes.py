@@ -4,14 +4,16 @@
 
     assert run_ranks(total, 4, 10) == [46, 46, 46, 46]
 
-The function is a module-level one (it is sent by name), its arguments and results are pickled. Starting a
-process and importing torch takes seconds: `RankPool` runs many functions in the same processes.
+The function is a module-level one (it is sent by name), its arguments and results are pickled. Ranks are
+forked from a server process that has done nothing but import torch (Python's forkserver, which ends with this
+process): importing it in each of them would take seconds. `RankPool` runs many functions in the same ranks.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 import threading
 import time
@@ -20,9 +22,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from io import TextIOWrapper
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, TypeVarTuple, cast
@@ -35,6 +38,7 @@ Value = TypeVar("Value")
 RankFunction = Callable[[int, int, "Store", *Arguments], Value]
 """Called with rank, number of ranks and a store of this call's own; then with the caller's arguments."""
 
+_PRELOADED = ["torch", "torch.distributed", "numba"]
 _START_S = 120.0
 _GRACE_S = 15.0
 """How long the other ranks may go on after one has failed: enough for their own time-outs to speak."""
@@ -58,7 +62,7 @@ class Outcome(Generic[Value]):
 class _Rank:
     """The parent's side of one process."""
 
-    process: SpawnProcess
+    process: ForkServerProcess
     pipe: Connection
     log: Path
 
@@ -149,12 +153,13 @@ class RankPool:
         if self._ranks:
             return
         port = self._serve_store()
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             log = Path(self._folder.name, f"rank{rank}.log")
             process = context.Process(
-                target=_serve, args=(rank, self.num_ranks, port, theirs, log), daemon=True
+                target=_serve, args=(rank, self.num_ranks, port, theirs, log, dict(os.environ)), daemon=True
             )
             process.start()
             theirs.close()
@@ -209,11 +214,13 @@ def _tail(log: Path) -> str:
 # --- in the child ---
 
 
-def _serve(rank: int, num_ranks: int, port: int, pipe: Connection, log: Path) -> None:
+def _serve(
+    rank: int, num_ranks: int, port: int, pipe: Connection, log: Path, environment: dict[str, str]
+) -> None:
     """Run what comes through the pipe until it is closed."""
+    os.environ.update(environment)  # as it is now, not when the server was started
     _write_output_to(log)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     from torch.distributed import PrefixStore, TCPStore
 
@@ -239,8 +246,11 @@ def _serve(rank: int, num_ranks: int, port: int, pipe: Connection, log: Path) ->
 def _write_output_to(log: Path) -> None:
     """Send the process's output, what native libraries write included, to a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+        cast(TextIOWrapper, stream).reconfigure(
+            line_buffering=True
+        )  # so that a killed rank's last words are there
 
 
 def _end_with_parent() -> None:
