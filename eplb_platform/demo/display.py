@@ -25,7 +25,7 @@ class Display:
         self._loads: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
         self._bars = Progress(
             TextColumn("{task.description:10}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[state]}"),
@@ -56,7 +56,7 @@ class Display:
         del self._loads[phase, progress.step]
         state = f"balancedness {latest:.2f}"
         if progress.cycles:
-            state += f", {progress.cycles} cycles, {progress.moved_experts} experts moved"
+            state += f", {progress.cycles} cycles, {progress.moved_experts} moved"
         self._bars.update(self._tasks[phase], completed=progress.step, state=state)
 
     def end(self, phase: str) -> None:

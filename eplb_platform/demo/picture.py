@@ -33,7 +33,7 @@ def draw(result: DemoResult) -> None:
     figure.savefig(path, dpi=110)
 
 
-def relative_load(phase: PhaseResult, layers: NDArray[np.int64], columns: int) -> NDArray[np.float64]:
+def relative_load(phase: PhaseResult, layers: NDArray[np.int_], columns: int) -> NDArray[np.float64]:
     """[layers * ranks, columns]: load of a rank / mean of the layer's ranks, time in `columns` bins."""
     bins = np.array_split(phase.load.rank_load[:, layers], columns)
     load = np.stack([part.sum(axis=0) for part in bins], axis=-1).astype(np.float64)
@@ -43,49 +43,50 @@ def relative_load(phase: PhaseResult, layers: NDArray[np.int64], columns: int) -
 
 
 def _compose(figure: Figure, result: DemoResult) -> None:
-    shape = result.settings.shape
-    steps, columns = result.schedule.steps, min(MOST_COLUMNS, result.schedule.steps)
-    layers = np.unique(
-        np.linspace(0, shape.num_layers - 1, min(MOST_LAYERS, shape.num_layers)).astype(np.int64)
-    )
+    shape, ranks = result.settings.shape, result.settings.options.ranks
+    columns = min(MOST_COLUMNS, result.schedule.steps)
+    layers = np.unique(np.linspace(0, shape.num_layers - 1, min(MOST_LAYERS, shape.num_layers)).astype(int))
     before, after = (
         relative_load(result.phases[name], layers, columns) for name in ("contiguous", "dynamic")
     )
-    hottest = max(before.max(), after.max())
+    widest = max(float(np.abs(load - 1).max()) for load in (before, after))
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 0.75))
     for axis, load, title in (
         (axes[0], before, "contiguous: experts stay where they are"),
         (axes[1], after, "dynamic: experts are replicated and moved while serving"),
     ):
-        image = _heat_map(axis, load, layers, result.settings.options.ranks, steps, hottest)
+        image = _heat_map(axis, load, layers, result, min(1.0, widest))
         axis.set_title(title, loc="left", fontsize=11)
+    label = "rank load / mean of the ranks\n(1 = balanced)"
     figure.colorbar(
-        image, ax=list(axes[:2]), label="rank load / mean of the ranks\n(1 = balanced)", aspect=30
+        image, ax=list(axes[:2]), label=label, aspect=30, extend="max" if widest > 1 else "neither"
     )
     _lines(axes[2], result)
     figure.suptitle(
-        f"Load of {result.settings.options.ranks} ranks while the text changes "
-        f"({shape.num_layers} layers, {shape.num_logical_experts} experts "
-        f"+ {result.settings.redundant_experts} redundant)",
+        f"Load of {ranks} ranks while the text changes ({shape.num_layers} layers, "
+        f"{shape.num_logical_experts} experts + {result.settings.redundant_experts} redundant)",
         fontsize=12,
     )
 
 
 def _heat_map(
-    axis: Axes, load: NDArray[np.float64], layers: NDArray[np.int64], ranks: int, steps: int, hottest: float
+    axis: Axes, load: NDArray[np.float64], layers: NDArray[np.int_], result: DemoResult, widest: float
 ) -> AxesImage:
-    rows = len(layers) * ranks
+    """Rows: the ranks of each layer. White is the mean; red is hotter, blue colder, by at most `widest`."""
+    ranks, rows = result.settings.options.ranks, len(load)
     image = axis.imshow(
         load,
         aspect="auto",
         interpolation="nearest",
-        cmap="cividis",
-        vmin=0,
-        vmax=hottest,
-        extent=(0, steps, rows, 0),
+        cmap="RdBu_r",
+        vmin=1 - widest,
+        vmax=1 + widest,
+        extent=(0, result.schedule.steps, rows, 0),
     )
     for row in range(ranks, rows, ranks):
-        axis.axhline(row, color="white", linewidth=1.5)
+        axis.axhline(row, color="black", linewidth=1)
+    for stretch in result.schedule.stretches[1:]:
+        axis.axvline(stretch.start, color="#888888", linewidth=0.8)
     axis.set_yticks(np.arange(len(layers)) * ranks + ranks / 2, [f"layer {layer}" for layer in layers])
     axis.tick_params(axis="y", length=0)
     axis.set_ylabel(f"ranks 0 to {ranks - 1} of each layer")

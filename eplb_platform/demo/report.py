@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from eplb_platform.demo.run import DemoResult, PhaseResult
@@ -76,23 +77,30 @@ def table(result: DemoResult) -> Table:
     shape = result.settings.shape
     drawn = Table(
         title=f"{options.ranks} ranks, {shape.num_layers} layers of {shape.num_logical_experts} experts "
-        f"and {result.settings.redundant_experts} redundant, {options.steps} forward passes a phase",
-        caption="balancedness: mean / max rank load of each forward pass and layer, "
-        "from the phase's first commit on; 1 is perfect",
+        f"+ {result.settings.redundant_experts} redundant, {options.steps} forward passes a phase",
+        caption="Balancedness: mean / max rank load of a forward pass and layer, mean over the passes\n"
+        "from the phase's first commit on; 1 is perfect. Wait: time that balancing took from one pass.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    drawn.add_column("phase")
-    for heading in ("balancedness", "worst layer", "moved", "cycles", "median", "longest", "longest wait"):
-        drawn.add_column(heading, justify="right")
+    drawn.add_column("phase", no_wrap=True)
+    for heading in ("balancedness", "worst\nlayer", "experts\nmoved", "cycles"):
+        drawn.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("forward\nmedian", "forward\nlongest", "longest\nwait"):
+        drawn.add_column(heading, justify="right", no_wrap=True)
     for name, phase in result.phases.items():
-        numbers = phase_numbers(phase)
-        drawn.add_row(
-            name,
-            f"{numbers['balancedness']:.3f}",
-            f"{numbers['balancedness_worst_layer']:.3f}",
-            str(numbers["moved_experts"]),
-            str(numbers["cycles"]),
-            f"{numbers['forward_ms_median']:.1f} ms",
-            f"{numbers['forward_ms_max']:.1f} ms",
-            f"{numbers['stall_ms_max']:.1f} ms",
-        )
+        drawn.add_row(name, *_cells(phase_numbers(phase)))
     return drawn
+
+
+def _cells(numbers: dict[str, float | int]) -> list[str]:
+    return [
+        f"{numbers['balancedness']:.3f}",
+        f"{numbers['balancedness_worst_layer']:.3f}",
+        f"{numbers['moved_experts']}",
+        f"{numbers['cycles']}",
+        f"{numbers['forward_ms_median']:.1f} ms",
+        f"{numbers['forward_ms_max']:.1f} ms",
+        f"{numbers['stall_ms_max']:.1f} ms",
+    ]

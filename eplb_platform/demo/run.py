@@ -106,13 +106,11 @@ def eplb_config(phase: str, settings: CheckedSettings) -> dict[str, object] | No
     options = settings.options
     if phase == "contiguous":
         return None
-    config: dict[str, object] = {
-        "backend": options.backend,
-        "num_redundant_experts": settings.redundant_experts,
-    }
+    config: dict[str, object] = {"backend": options.backend}
     if phase == "static":
         config["expert_map_path"] = str(options.expert_map_path or options.expert_map_record_path)
         return {"eplb_config": config}
+    config["num_redundant_experts"] = settings.redundant_experts
     config["dynamic_eplb"] = phase == "dynamic"
     config["expert_heat_collection_interval"] = options.heat_interval
     config["algorithm_execution_interval"] = options.plan_interval

@@ -66,9 +66,15 @@ def stretches(texts: Sequence[Text], steps: int) -> tuple[Stretch, ...]:
     mixes = [mix for mix in mixes if mix] if len(texts) > 1 else mixes[:1]
     bounds = [round(steps * i / len(mixes)) for i in range(len(mixes) + 1)]
     return tuple(
-        Stretch(start, end, kinds, " + ".join(texts[kind].name for kind in kinds))
+        Stretch(start, end, kinds, _label(texts, kinds))
         for start, end, kinds in zip(bounds, bounds[1:], mixes, strict=False)
     )
+
+
+def _label(texts: Sequence[Text], kinds: Sequence[int]) -> str:
+    if len(kinds) == len(texts) > 1:
+        return "all texts"
+    return " + ".join(texts[kind].name for kind in kinds)
 
 
 def plan_serving(texts: Sequence[Text], *, ranks: int, steps: int, serving: Serving, seed: int) -> Schedule:
