@@ -213,10 +213,10 @@ class EplbConfig(BaseModel):
         for synonym, key in _SYNONYMS.items():
             if synonym in merged:
                 value = merged.pop(synonym)
-                if merged.setdefault(key, value) != value:
-                    raise ValueError(
-                        f"{key} is {merged[key]!r} and {synonym} is {value!r}, expected one of them"
-                    )
+                if key in merged and merged[key] != value:
+                    given = f"{key} is {_shown(merged[key])} and {synonym} is {_shown(value)}"
+                    raise ValueError(f"{given}, expected one of them")
+                merged[key] = value
         return merged
 
     @property
@@ -327,7 +327,9 @@ def _read_into(values: dict[str, object], place: str, given: Mapping[str, object
 
 def _put(values: dict[str, object], key: str, value: object, *, given_as: str) -> None:
     """Set a key that may be set already, to the same value."""
-    if values.setdefault(key, value) != value:
+    if key not in values:
+        values[key] = value
+    elif values[key] != value:
         raise ConfigError(
             f"{given_as}: {_shown(value)}, but {SECTION}.{key} is {_shown(values[key])}; keep one of them"
         )

@@ -44,6 +44,8 @@ _DTYPE_OF_NAME: dict[str, np.dtype[np.integer]] = {
 _LOAD_DTYPES = ("I32", "I64")
 _MAX_HEADER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 24
+# Layers or experts: far above any model, and far below what overflows NumPy's sizes.
+_MAX_ROW_AXIS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +208,10 @@ class LoadTraceWriter:
         self.close()
 
     def _check_form(self) -> None:
-        if min(self._row_shape) < 1:
-            raise ValueError(f"[layers, logical] is {list(self._row_shape)}, expected at least 1 of each")
+        if not all(0 < n <= _MAX_ROW_AXIS for n in self._row_shape):
+            raise ValueError(
+                f"[layers, logical] is {list(self._row_shape)}, expected 1 to {_MAX_ROW_AXIS} of each"
+            )
         for key, value in self._metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise ValueError(f"metadata {shortened(key)} is {shortened(value)}, expected text for text")
@@ -344,7 +348,7 @@ def _layout(path: _Path, header: strict_json.Object, name: str, data_start: int,
         given = shortened(entry.get("dtype"))
         raise RecordError(path, Fault(f"{name}.dtype", f"{given}, expected {' or '.join(dtypes)}"))
     shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
-    if shape is None or len(shape) != num_dimensions or 0 in shape[1:]:
+    if shape is None or len(shape) != num_dimensions or not all(0 < n <= _MAX_ROW_AXIS for n in shape[1:]):
         axes = "[steps]" if name == "phase" else "[steps, layers, logical]"
         raise RecordError(path, Fault(f"{name}.shape", f"{shortened(entry.get('shape'))}, expected {axes}"))
     dtype = _DTYPE_OF_NAME[str(entry["dtype"])]
