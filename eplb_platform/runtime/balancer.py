@@ -14,7 +14,15 @@ from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import HeatWindows, Phase
 from eplb_platform.migration.schedule import Chunk
-from eplb_platform.runtime.cycle import Cycle, CycleReport, CycleRules, Outcome, RankLink, Stage
+from eplb_platform.runtime.cycle import (
+    PLANNING_RANK,
+    Cycle,
+    CycleReport,
+    CycleRules,
+    Outcome,
+    RankLink,
+    Stage,
+)
 from eplb_platform.runtime.ports import Planner, Recorder, run_blocking
 from eplb_platform.runtime.production import BackgroundThread
 from eplb_platform.runtime.served_model import ServedModel
@@ -91,6 +99,7 @@ class Balancer:
         self._stage: Stage | None = None
         self._next_cycle = 0
         self._last_start = 0
+        self._last_balancedness_line = 0
         self._is_requested = False
         self._is_paused = False
         self._is_closed = False
@@ -251,6 +260,7 @@ class Balancer:
             stats.cycles += 1
             stats.last_success_step = stats.steps
         self._account_record(report)
+        self._account_balancedness(report)
         self._log(report)
 
     def _account_record(self, report: CycleReport) -> None:
@@ -263,6 +273,20 @@ class Balancer:
         elif Stage.RECORD in report.seconds:
             self.stats.records_written += 1
 
+    def _account_balancedness(self, report: CycleReport) -> None:
+        if report.balancedness is None:
+            return
+        stats = self.stats
+        stats.balancedness = float(report.balancedness.mean())
+        stats.worst_layer_balancedness = float(report.balancedness.min())
+        since_last = stats.steps - self._last_balancedness_line
+        if self.config.log_balancedness and since_last >= self.config.log_balancedness_interval:
+            self._last_balancedness_line = stats.steps
+            logger.info(
+                "step %d: balancedness %.3f, worst layer %.3f",
+                stats.steps, stats.balancedness, stats.worst_layer_balancedness,
+            )  # fmt: skip
+
     def _log(self, report: CycleReport) -> None:
         """One line for each cycle from the rank that plans; failures from every rank that saw one."""
         if report.outcome is Outcome.FAILED:
@@ -270,9 +294,17 @@ class Balancer:
                 "cycle %d failed after %d commits, the map in force stays: %s",
                 report.number, report.chunks_committed, report.reason,
             )  # fmt: skip
-        elif self._link.rank == 0:
+        elif self._link.rank == PLANNING_RANK:
             logger.info(
-                "cycle %d: %s, %d experts in %d commits%s",
+                "cycle %d: %s, %d experts in %d commits%s%s",
                 report.number, report.outcome, report.moved_experts, report.chunks_committed,
-                f" ({report.reason})" if report.reason else "",
+                _gain(report), f" ({report.reason})" if report.reason else "",
             )  # fmt: skip
+
+
+def _gain(report: CycleReport) -> str:
+    if report.balancedness is None or report.planned_balancedness is None:
+        return ""
+    return (
+        f", balancedness {report.balancedness.mean():.3f} planned to {report.planned_balancedness.mean():.3f}"
+    )

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_platform.balance import moved_experts
+from eplb_platform.balance import moved_experts, window_balancedness
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk, build_schedule
+from eplb_platform.records import RecordError
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, same
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder
@@ -83,6 +84,10 @@ class CycleReport:
     moved_experts: int = 0
     skipped_layers: tuple[int, ...] = ()
     record_error: str = ""
+    balancedness: NDArray[np.float64] | None = None
+    """[layers], of the map in force on the collected load; on the rank that plans."""
+    planned_balancedness: NDArray[np.float64] | None = None
+    """[layers], of the planned map on the same load."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -189,7 +194,7 @@ class Cycle:
             link.finished_keys = ()
             await link.plane.forget(stale)
         if epoch > link.epoch:
-            with self._timed(Stage.REBUILD), self._inside_group():
+            with self._inside_group(), self._timed(Stage.REBUILD):
                 link.epoch = link.wanted_epoch = epoch
                 await link.group.rebuild(epoch)
 
@@ -207,9 +212,11 @@ class Cycle:
         with self._timed(Stage.PLAN):
             if self._link.rank == PLANNING_RANK:
                 planned = await self._planner.plan(load, current)
+                self.report.balancedness = window_balancedness(current, load)
+                self.report.planned_balancedness = window_balancedness(planned, load)
             moves = await self._places.agree("plan", int(planned != current), max, timeout_s=self._timeout_s)
         if moves:
-            with self._timed(Stage.BROADCAST), self._inside_group():
+            with self._inside_group(), self._timed(Stage.BROADCAST):
                 planned = await self._broadcast(planned)
         with self._timed(Stage.COMPARE):
             await self._places.agree(
@@ -281,7 +288,7 @@ class Cycle:
         with self._timed(Stage.RECORD):
             try:
                 await self._recorder.record(expert_map, keep_earlier=keep_earlier)
-            except OSError as error:
+            except RecordError as error:
                 self.report.record_error = str(error)
 
     # --- how a cycle ends early ---

@@ -101,5 +101,5 @@ class CommitGate:
 
     def _unanswered(self, timeout_s: float) -> str:
         why = f"({self._failure})" if self._failure else f"within {timeout_s:g} s"
-        return f"whether to commit at boundary {self._promise} did not reach this rank {why}; it does not
-        guess"
+        where = f"boundary {self._promise}"
+        return f"whether to commit at {where} did not reach this rank {why}; it does not guess"

@@ -34,7 +34,7 @@ class AlgorithmPlanner:
 
     def warm_up(self) -> None:
         """Compile what the algorithm compiles, so that the first plan does not wait for it."""
-        load_algorithm(self.algorithm).warm_up()
+        load_algorithm(self.algorithm)().warm_up()
 
     async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
         """load: [windows, layers, logical], tokens. Returns `current` itself where nothing is to move."""

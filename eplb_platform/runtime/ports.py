@@ -102,7 +102,7 @@ class Recorder(Protocol):
     """Keeps what a cycle saw, on the rank that records."""
 
     async def record(self, expert_map: ExpertMap, *, keep_earlier: bool) -> None:
-        """Write the map, unless an earlier cycle's is to be kept; raises OSError when it cannot be
+        """Write the map, unless an earlier cycle's is to be kept; raises RecordError when it cannot be
         written.
         """
         ...

@@ -15,7 +15,7 @@ class MapRecorder:
         self._has_written = False
 
     async def record(self, expert_map: ExpertMap, *, keep_earlier: bool) -> None:
-        """Replace the file at once by one with `expert_map`; raises OSError and leaves the old file if it
+        """Replace the file at once by one with `expert_map`; raises RecordError and leaves the old file if it
         cannot.
 
         keep_earlier: leave a map that this run has already written, since `expert_map` comes from no load.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from eplb_platform.migration.schedule import warm_up as warm_up_schedule
 from eplb_platform.migration.staging import Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.balancer import Balancer, LockedHeat
-from eplb_platform.runtime.cycle import CycleRules, RankLink, Stage
+from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
     from eplb_platform.backend import Backend
 
+logger = logging.getLogger(__name__)
+
 BYTES_PER_MB = 1_000_000
+WITHOUT_EFFECT_WHILE_SERVING = ("trace_record_path", "enable_expert_compute_profiling")
 
 
 def start_balancer(
@@ -48,13 +52,14 @@ def start_balancer(
     """
     from torch.distributed import PrefixStore
 
+    _warn_of_keys_without_effect(config)
     for_group, for_cycle = (PrefixStore(name, _client_of(store)) for _ in range(2))
     num_ranks = model.expert_map.topology.num_ranks
     backend.connect(for_group, rank, num_ranks, config.transfer_timeout_s)
     backend.warm_up()
     migrator, rules = _migrator_and_rules(config, model, backend, rank)
     planner = _planner(config, num_expert_groups)
-    if config.observes:
+    if config.observes and rank == PLANNING_RANK:
         planner.warm_up()
     gate = CommitGate()
     link = RankLink(
@@ -87,6 +92,12 @@ def _client_of(store: Store) -> Store:
     """A client of the same store, so that no call waits for another thread's."""
     clone: Callable[[], Store] = store.clone  # type: ignore[attr-defined]  # missing from torch's stubs
     return clone()
+
+
+def _warn_of_keys_without_effect(config: EplbConfig) -> None:
+    for key in WITHOUT_EFFECT_WHILE_SERVING:
+        if getattr(config, key) != EplbConfig.model_fields[key].default:
+            logger.warning("eplb_config.%s is read but does nothing yet", key)
 
 
 def _migrator_and_rules(

@@ -32,6 +32,9 @@ class BalancerStats:
     failed_records: int = 0
     first_commit_step: int | None = None
     last_success_step: int | None = None
+    balancedness: float | None = None
+    """Mean over layers in the last collected load, before what the cycle moved; on the rank that plans."""
+    worst_layer_balancedness: float | None = None
     last_error: str = ""
 
     def as_dict(self) -> dict[str, int | float | str | None]:

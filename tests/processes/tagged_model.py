@@ -18,7 +18,7 @@ NUM_EXPERTS = 16
 NUM_REDUNDANT = 4
 TOKENS_PER_STEP = 64
 TOP_K = 2
-STEPS_PER_TOPIC = 40
+STEPS_PER_TOPIC = 200
 MODEL_TIMEOUT_S = 60.0
 
 
@@ -30,14 +30,14 @@ class TaggedModel:
     with time.
     """
 
-    def __init__(self, backend: Backend, store: Store, rank: int, num_ranks: int, prefix: str) -> None:
+    def __init__(self, backend: Backend, store: Store, rank: int, num_ranks: int) -> None:
         topology = Topology(num_ranks)
         self.rank = rank
         self.expert_map = ExpertMap.initial(NUM_LAYERS, NUM_EXPERTS, topology, NUM_REDUNDANT)
         self._backend = backend
         self._slots = self.expert_map.slots_per_rank
         self._group = ProcessGroupGloo(
-            PrefixStore(f"{prefix}/model", store.clone()), rank, num_ranks, timedelta(seconds=MODEL_TIMEOUT_S)
+            PrefixStore("model", store.clone()), rank, num_ranks, timedelta(seconds=MODEL_TIMEOUT_S)
         )
         self._num_ranks = num_ranks
         local = torch.from_numpy(np.array(self.expert_map.by_rank()[:, rank]))

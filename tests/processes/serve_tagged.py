@@ -1,0 +1,211 @@
+"""Runs of the tagged model under a balancer: what one rank does, as module-level functions for `RankPool`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+from eplb_backends.cpu import CpuBackend
+from numpy.typing import NDArray
+from torch.distributed import Store
+
+from eplb_platform import EplbConfig, ExpertMap
+from eplb_platform.balance import balancedness
+from eplb_platform.migration.schedule import Chunk
+from eplb_platform.runtime import Balancer, Stage, start_balancer
+from tests.processes.tagged_model import TaggedModel
+
+DYNAMIC: dict[str, object] = {
+    "dynamic_eplb": True,
+    "expert_heat_collection_interval": 12,
+    "algorithm_execution_interval": 0,
+    "load_windows": 4,
+    "transfer_timeout_s": 20.0,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked of one run, the same on every rank."""
+
+    steps: int
+    config: dict[str, object] = field(default_factory=lambda: dict(DYNAMIC))
+    fault_stage: str = ""
+    fault_ranks: tuple[int, ...] = ()
+    step_s: float = 0.0
+    """Least time that a forward pass takes."""
+    stop_in_stage: str = ""
+    """Stop serving, on all ranks at one step, soon after rank 0's cycle has entered this stage."""
+    action: str = ""
+    """Name of an `ACTIONS` entry, called before every step."""
+
+    def on(self, **config: object) -> Run:
+        """This run with other configuration keys."""
+        return replace(self, config={**self.config, **config})
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one rank saw."""
+
+    wrong_tokens: int
+    first_wrong_step: int | None
+    stats: dict[str, int | float | str | None]
+    state_before_close: str
+    state_after_close: str
+    threads_left: list[str]
+    physical_to_logical: NDArray[np.int32]
+    balancedness: NDArray[np.float64]
+    """[steps], mean over layers, of this rank's own tokens."""
+    model_collectives: int
+    steps_served: int
+    group_calls_on_forward_thread: int
+    stages: tuple[str, ...]
+
+
+class WatchedBackend(CpuBackend):
+    """Counts calls of the group that come from the thread that serves."""
+
+    on_forward_thread = 0
+    GROUP_METHODS: ClassVar = ("sum_on_host", "broadcast_on_host", "exchange", "rebuild")
+
+    def watch(self) -> None:
+        """From now on this thread is the forward thread."""
+        forward = threading.get_ident()
+        for name in self.GROUP_METHODS:
+            setattr(self, name, self._counted(getattr(self, name), forward))
+
+    def _counted(self, method: Callable[..., object], forward: int) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            self.on_forward_thread += threading.get_ident() == forward
+            return method(*arguments)
+
+        return call
+
+
+class StageObserver:
+    """Notes the stages of a rank's cycles; raises once in the given stage on the given ranks."""
+
+    def __init__(self, run: Run, rank: int) -> None:
+        self._armed = rank in run.fault_ranks
+        self._stage = run.fault_stage
+        self.seen: list[str] = []
+
+    def __call__(self, stage: Stage) -> None:
+        self.seen.append(str(stage))
+        if self._armed and stage == self._stage:
+            self._armed = False
+            raise RuntimeError(f"injected in {stage}")
+
+
+def pause_early_and_resume(balancer: Balancer, step: int) -> None:
+    if step == 0:
+        balancer.pause()
+    if step == 100:
+        assert balancer.stats.commits == 0
+        assert balancer.state == "paused"
+        balancer.resume()
+
+
+def ask_for_a_cycle(balancer: Balancer, step: int) -> None:
+    if step == 5:
+        balancer.rebalance_now()
+
+
+def change_maps_only(balancer: Balancer, step: int) -> None:
+    """Break the rule on purpose: route by a new map, leave the weights where they are."""
+    if step == 10:
+        old = balancer.expert_map
+        turned = np.roll(old.physical_to_logical, 1, axis=1)
+        new = ExpertMap(turned, old.num_logical_experts, old.topology)
+        balancer._model.apply_map(range(old.num_layers), new)
+
+
+def commit_late_on_rank_1(balancer: Balancer, step: int) -> None:
+    """Break the rule on purpose: one rank commits one step after the others."""
+    if step == 0 and balancer._link.rank == 1:
+        gate = balancer._link.gate
+        on_time = gate.commit_at
+        gate.commit_at = lambda boundary, chunk: on_time(boundary + 1, chunk)  # type: ignore[method-assign]
+
+
+def break_the_group(balancer: Balancer, step: int) -> None:
+    """Let the first transfer of rank 2 fail."""
+    if step == 0 and balancer._link.rank == 2:
+        group = balancer._link.group
+        fetch = group.fetch
+
+        async def fail_once(chunk: Chunk) -> None:
+            group.fetch = fetch  # type: ignore[method-assign]
+            raise RuntimeError("the transfer broke")
+
+        group.fetch = fail_once  # type: ignore[method-assign]
+
+
+ACTIONS: dict[str, Callable[[Balancer, int], None]] = {
+    action.__name__: action
+    for action in (
+        pause_early_and_resume,
+        ask_for_a_cycle,
+        change_maps_only,
+        commit_late_on_rank_1,
+        break_the_group,
+    )
+}
+
+
+def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
+    """Serve `run.steps` forward passes under a balancer and close it."""
+    backend = WatchedBackend()
+    model = TaggedModel(backend, store, rank, num_ranks)
+    observer = StageObserver(run, rank)
+    config = EplbConfig.from_additional_config({"eplb_config": run.config}, environ={})
+    balancer = start_balancer(config, model, backend, store, rank, on_stage=observer)
+    backend.watch()
+    wrong: list[int] = []
+    balanced: list[float] = []
+    action = ACTIONS.get(run.action)
+    for step in range(run.steps):
+        if run.stop_in_stage and _is_time_to_stop(store, step, rank, run.stop_in_stage in observer.seen):
+            break
+        if action is not None:
+            action(balancer, step)
+        time.sleep(run.step_s)
+        failed, load = model.forward(step)
+        wrong.append(failed)
+        balanced.append(_own_balancedness(load, num_ranks))
+        balancer.step(load)
+    state = balancer.state
+    balancer.close()
+    balancer.close()
+    first_wrong = next((step for step, failed in enumerate(wrong) if failed), None)
+    return RunResult(
+        sum(wrong),
+        first_wrong,
+        balancer.stats.as_dict(),
+        state,
+        balancer.state,
+        [thread.name for thread in threading.enumerate() if thread.name.startswith("eplb")],
+        balancer.expert_map.physical_to_logical,
+        np.array(balanced),
+        model.collectives,
+        len(wrong),
+        backend.on_forward_thread,
+        tuple(observer.seen),
+    )
+
+
+def _is_time_to_stop(store: Store, step: int, rank: int, has_entered_stage: bool) -> bool:
+    """Ranks are at most one step apart, so a step that rank 0 names two ahead is one for all."""
+    if rank == 0 and has_entered_stage:
+        store.compare_set("stop", "", str(step + 2))
+    return store.check(["stop"]) and step >= int(store.get("stop"))
+
+
+def _own_balancedness(load: NDArray[np.int64], num_ranks: int) -> float:
+    by_rank = load.reshape(len(load), num_ranks, -1).sum(axis=-1)
+    return float(balancedness(by_rank).mean())
