@@ -213,8 +213,8 @@ def test_rank_load_is_read_from_the_slots_that_tokens_went_to() -> None:
 def phase(
     name: str, loads: Sequence[Sequence[int]], *, token: int = 1, first_commit: int | None = None
 ) -> list[RankResult]:
-    """Results of two ranks, of which the first sent everything. loads: [forwards][ranks], one layer."""
-    load: NDArray[np.int64] = np.array(loads)[:, None, :]
+    """Results of two ranks, of which the first sent everything. loads: [forwards][ranks], of each layer."""
+    load: NDArray[np.int64] = np.repeat(np.array(loads)[:, None, :], 4, axis=1)
     stats = BalancerStats(cycles=2, moved_experts=5, longest_stall_s=0.004, first_commit_step=first_commit)
     held = None if name == "contiguous" else stats
     return [
