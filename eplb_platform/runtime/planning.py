@@ -54,11 +54,12 @@ class AlgorithmPlanner:
         self, load: NDArray[np.int64], current: ExpertMap, answers: list[ExpertMap | Exception]
     ) -> None:
         try:
-            answers.append(self._choose(load, current))
+            answers.append(self.choose(load, current))
         except Exception as error:
             answers.append(error)
 
-    def _choose(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+    def choose(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+        """The map to move to, without a limit on time; arguments as of `plan`."""
         plan = rebalance_experts(
             load,
             num_physical_experts=current.num_physical_experts,

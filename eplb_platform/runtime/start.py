@@ -16,6 +16,7 @@ from eplb_platform.runtime.balancer import Balancer, LockedHeat
 from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.planning import AlgorithmPlanner
+from eplb_platform.runtime.ports import Planner
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import MapRecorder
 from eplb_platform.runtime.served_model import ServedModel
@@ -41,12 +42,14 @@ def start_balancer(
     *,
     num_expert_groups: int = 1,
     name: str = "eplb",
+    planner: Planner | None = None,
     on_stage: Callable[[Stage], None] | None = None,
 ) -> Balancer:
     """Start balancing `model` on this rank; every rank of the group calls it, and it returns when all have.
 
     store: shared by all ranks; the balancer takes clients of its own.
     name: keeps the keys of several models in one store apart.
+    planner: plans in place of the configured algorithm.
     on_stage: called in the background thread whenever a cycle enters a stage.
     Raises ValueError when the staging memory is too small, `GroupError` when not every rank comes.
     """
@@ -58,9 +61,10 @@ def start_balancer(
     backend.connect(for_group, rank, num_ranks, config.transfer_timeout_s)
     backend.warm_up()
     migrator, rules = _migrator_and_rules(config, model, backend, rank)
-    planner = _planner(config, num_expert_groups)
-    if config.observes and rank == PLANNING_RANK:
-        planner.warm_up()
+    if planner is None:
+        planner = _planner(config, num_expert_groups)
+        if config.observes and rank == PLANNING_RANK:
+            planner.warm_up()
     gate = CommitGate()
     link = RankLink(
         rank,
