@@ -40,7 +40,7 @@ RankFunction = Callable[[int, int, "Store", *Arguments], Value]
 
 _PRELOADED = ["torch", "torch.distributed", "numba"]
 _START_S = 120.0
-_GRACE_S = 15.0
+_GRACE_S = 10.0
 """How long the other ranks may go on after one has failed: enough for their own time-outs to speak."""
 _LOG_TAIL = 3000
 
@@ -225,6 +225,7 @@ def _serve(
     from torch.distributed import PrefixStore, TCPStore
 
     torch.set_num_threads(1)
+    client = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     pipe.send_bytes(pickle.dumps((None, None)))
     while True:
         try:
@@ -234,7 +235,6 @@ def _serve(
         log.write_text("")
         try:
             call, function, args = pickle.loads(message)
-            client = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
             answer = pickle.dumps(
                 (function(rank, num_ranks, PrefixStore(f"call{call}", client), *args), None)
             )
