@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import strict_json
 from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe, file_size
+from eplb_platform.records.fault import Fault, Faults, RecordError, describe, file_size, shown
 from eplb_platform.topology import Topology
 
 MAX_FILE_BYTES = 1 << 30
@@ -161,7 +160,7 @@ def _table(rows: list[_Row], layer_ids: list[int | None], num_ranks: int) -> NDA
 
 def _layers(document: object, found: Faults) -> list[_Entry]:
     if not isinstance(document, dict):
-        found.add("", f"{shortened(document)}, expected an object with moe_layer_count and layer_list")
+        found.add("", f"{shown(document)}, expected an object with moe_layer_count and layer_list")
         return []
     top = _Entry("", document)
     _check_keys(top, found)
@@ -175,9 +174,10 @@ def _layers(document: object, found: Faults) -> list[_Entry]:
 def _num_ranks(
     layers: list[_Entry], device_lists: list[list[object]], topology: Topology | None, found: Faults
 ) -> int:
-    """The devices of a layer, as most layers have them; other counts are faults."""
+    """The devices of a layer, as most layers have and declare them; other counts are faults."""
     counts = [len(devices) for devices in device_lists]
-    num_ranks = _most_common([count for count in counts if count])
+    declared = [layer.content.get("device_count") for layer in layers]
+    num_ranks = _most_common([count for count in (*counts, *declared) if count in counts and count])
     if topology is not None and num_ranks not in (0, topology.num_ranks):
         found.add("layer_list", f"{num_ranks} devices in a layer, expected {topology.num_ranks} ranks")
     for layer, count in zip(layers, counts, strict=True):
@@ -246,15 +246,15 @@ class _Experts:
 
     def most_common_count(self, num_ranks: int) -> int:
         """Logical experts, as most of the complete layers have them."""
-        slots = np.bincount(self.layer, minlength=self.num_layers)
+        slots = num_ranks * _most_common([len(row.experts) for row in self.rows])
         # An expert needs a slot, so an id that is not below the number of slots is a slip of the pen.
-        plausible = self.ids < slots[self.layer]
+        plausible = self.ids < slots
         counts = np.zeros(self.num_layers, dtype=np.int64)
         np.maximum.at(counts, self.layer[plausible], self.ids[plausible] + 1)
         complete = self._rows_of_layer() == num_ranks
         # Of two counts that stand equally often the larger, which finds an expert that was left out.
-        candidates = sorted(counts[complete if complete.any() else slots > 0], reverse=True)
-        return _most_common([int(count) for count in candidates]) or int(slots.max())
+        candidates = counts[complete] if complete.any() else counts[counts > 0]
+        return _most_common(sorted(candidates.tolist(), reverse=True)) or slots
 
     def misplaced(self, num_experts: int) -> NDArray[np.intp]:
         """The positions of ids out of range, and of anything but -1 on an inactive rank."""
@@ -314,14 +314,14 @@ def _objects(values: list[object], place: str, found: Faults) -> list[_Entry]:
             entries.append(_Entry(f"{place}[{i}]", value))
             _check_keys(entries[-1], found)
         else:
-            found.add(f"{place}[{i}]", f"{shortened(value)}, expected an object")
+            found.add(f"{place}[{i}]", f"{shown(value)}, expected an object")
     return entries
 
 
 def _check_keys(entry: _Entry, found: Faults) -> None:
     if isinstance(entry.content, strict_json.RepeatedKeys):
         for key in entry.content.keys_given_twice:
-            found.add(entry.place, f"the key {shortened(key)} stands more than once")
+            found.add(entry.place, f"the key {shown(key)} stands more than once")
 
 
 def _integer(entry: _Entry, key: str, found: Faults) -> int | None:
@@ -342,7 +342,7 @@ def _list(entry: _Entry, key: str, found: Faults) -> list[object]:
 
 
 def _instead_of(expected: str, entry: _Entry, key: str) -> str:
-    given = shortened(entry.content[key]) if key in entry.content else "missing"
+    given = shown(entry.content[key]) if key in entry.content else "missing"
     return f"{given}, expected {expected}"
 
 
@@ -358,7 +358,7 @@ def _integers(values: list[object], place: str, found: Faults) -> list[int]:
             return integers
     for i, value in enumerate(values):
         if type(value) is not int or abs(value) > _LARGEST_ID:
-            found.add(f"{place}[{i}]", f"{shortened(value)}, expected the integer id of an expert")
+            found.add(f"{place}[{i}]", f"{shown(value)}, expected the integer id of an expert")
     return []
 
 
@@ -372,7 +372,7 @@ def _ids(entries: list[_Entry], key: str, count: int, found: Faults) -> list[int
         if number is None:
             continue
         if not 0 <= number < count:
-            found.add(_at(entry, key), f"{shortened(number)}, expected 0 to {count - 1}")
+            found.add(_at(entry, key), f"{shown(number)}, expected 0 to {count - 1}")
         elif number in place_of_id:
             found.add(_at(entry, key), f"{number}, which {place_of_id[number]} has already")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ class RecordError(ValueError):
 
     def __reduce__(self) -> tuple[type[RecordError], tuple[str, Fault]]:
         return RecordError, (self.path, self.fault)
+
+
+def shown(value: object) -> str:
+    """The value as Python writes it, on one line and shortened, however large it is."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def describe(error: OSError) -> str:

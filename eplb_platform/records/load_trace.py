@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from reprlib import repr as shortened
 from threading import Lock
 from types import TracebackType
 from typing import BinaryIO, TypeAlias, cast
@@ -28,7 +27,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from eplb_platform.records import strict_json
 from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, RecordError, describe, file_size
+from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
 
 FORMAT_VERSION = "1"
 NUM_PHASES = 3
@@ -43,7 +42,7 @@ _DTYPE_OF_NAME: dict[str, np.dtype[np.integer]] = {
 }
 _LOAD_DTYPES = ("I32", "I64")
 _MAX_HEADER_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 22
 # Layers or experts: far above any model, and far below what overflows NumPy's sizes.
 _MAX_ROW_AXIS = 1 << 20
 
@@ -214,7 +213,7 @@ class LoadTraceWriter:
             )
         for key, value in self._metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
-                raise ValueError(f"metadata {shortened(key)} is {shortened(value)}, expected text for text")
+                raise ValueError(f"metadata {shown(key)} is {shown(value)}, expected text for text")
         _header(self._dtype_name, (10**15, *self._row_shape), self._metadata)  # the longest that may come
 
     def _open_spool(self) -> int:
@@ -345,16 +344,16 @@ def _layout(path: _Path, header: strict_json.Object, name: str, data_start: int,
     if not isinstance(entry, dict):
         raise RecordError(path, Fault(name, "missing, expected a tensor"))
     if entry.get("dtype") not in dtypes:
-        given = shortened(entry.get("dtype"))
+        given = shown(entry.get("dtype"))
         raise RecordError(path, Fault(f"{name}.dtype", f"{given}, expected {' or '.join(dtypes)}"))
     shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if shape is None or len(shape) != num_dimensions or not all(0 < n <= _MAX_ROW_AXIS for n in shape[1:]):
         axes = "[steps]" if name == "phase" else "[steps, layers, logical]"
-        raise RecordError(path, Fault(f"{name}.shape", f"{shortened(entry.get('shape'))}, expected {axes}"))
+        raise RecordError(path, Fault(f"{name}.shape", f"{shown(entry.get('shape'))}, expected {axes}"))
     dtype = _DTYPE_OF_NAME[str(entry["dtype"])]
     nbytes = prod(shape) * dtype.itemsize
     if offsets is None or len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        given = shortened(entry.get("data_offsets"))
+        given = shown(entry.get("data_offsets"))
         raise RecordError(path, Fault(f"{name}.data_offsets", f"{given}, expected {nbytes} bytes"))
     if data_start + offsets[1] > size:
         raise RecordError(
@@ -373,10 +372,10 @@ def _counts(value: object) -> list[int] | None:
 def _metadata(path: _Path, header: strict_json.Object) -> dict[str, str]:
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise RecordError(path, Fault("__metadata__", f"{shortened(metadata)}, expected text by text"))
+        raise RecordError(path, Fault("__metadata__", f"{shown(metadata)}, expected text by text"))
     version = metadata.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        message = f"{shortened(version)}, expected {FORMAT_VERSION!r}: a later eplb_platform wrote it"
+        message = f"{shown(version)}, expected {FORMAT_VERSION!r}: a later eplb_platform wrote it"
         raise RecordError(path, Fault("__metadata__.format_version", message))
     return metadata
 
