@@ -76,15 +76,21 @@ class GlooGroup:
         Unlike gloo's own rendezvous this ends when the group is closed, and knows who is missing.
         """
         deadline = time.monotonic() + timeout_s
-        keys = [f"{purpose}/rank {rank}" for rank in range(self._num_ranks)]
+        keys = [f"{purpose}/{rank}" for rank in range(self._num_ranks)]
         self._attempt(purpose, self._store.set, keys[self._rank], "here")
         while not self._attempt(purpose, self._store.check, keys):
             if self._closed.wait(_POLL_S):
                 raise GroupError(f"rank {self._rank}: {purpose}: the group was closed on this rank")
             if time.monotonic() > deadline:
-                missing = [key for key in keys if not self._attempt(purpose, self._store.check, [key])]
+                missing = [
+                    rank
+                    for rank, key in enumerate(keys)
+                    if not self._attempt(purpose, self._store.check, [key])
+                ]
                 self.close()
-                raise GroupError(f"rank {self._rank}: no sign of {', '.join(missing)} within {timeout_s} s")
+                raise GroupError(
+                    f"rank {self._rank}: {purpose}: no sign of ranks {missing} within {timeout_s} s"
+                )
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], timeout_s: float) -> None:
         """As `Backend.exchange`. All messages are on their way before the first is waited for."""
@@ -137,18 +143,16 @@ class GlooGroup:
         def send(peer: int, tensor: torch.Tensor, tag: int) -> Work:
             return self._attempt(f"sending to rank {peer}", gloo.send, [tensor], peer, tag)
 
-        works = [receive(*post) for post in _with_tags(incoming, sources)]
-        ends = {peer: receive(peer, _empty(), _end_tag(number)) for peer, number in sources.items()}
-        answers = {peer: receive(peer, _empty(), _answer_tag(number)) for peer, number in targets.items()}
-        works += [send(*post) for post in _with_tags(outgoing, targets)]
-        works += [send(peer, _empty(), _end_tag(number)) for peer, number in targets.items()]
-        for peer, end in ends.items():
-            self._attempt(f"receiving from rank {peer}", end.wait, _left(deadline))
-        works += [send(peer, _empty(), _answer_tag(number)) for peer, number in sources.items()]
-        for peer, answer in answers.items():
-            self._attempt(f"sending to rank {peer}", answer.wait, _left(deadline))
-        for work in works:  # complete by now: this frees their buffers
-            self._attempt("exchange", work.wait, _left(deadline))
+        arriving = [(post[0], receive(*post)) for post in _with_tags(incoming, sources)]
+        ends = [(peer, receive(peer, _empty(), _end_tag(number))) for peer, number in sources.items()]
+        answers = [(peer, receive(peer, _empty(), _answer_tag(number))) for peer, number in targets.items()]
+        leaving = [(post[0], send(*post)) for post in _with_tags(outgoing, targets)]
+        leaving += [(peer, send(peer, _empty(), _end_tag(number))) for peer, number in targets.items()]
+        for peer, work in (*ends, *arriving):
+            self._attempt(f"receiving from rank {peer}", work.wait, _left(deadline))
+        leaving += [(peer, send(peer, _empty(), _answer_tag(number))) for peer, number in sources.items()]
+        for peer, work in (*answers, *leaving):
+            self._attempt(f"sending to rank {peer}", work.wait, _left(deadline))
         self._exchanges_from.update(sources.keys())
         self._exchanges_to.update(targets.keys())
 

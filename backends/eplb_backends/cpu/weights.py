@@ -72,7 +72,7 @@ def checksum(tensors: Sequence[torch.Tensor]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         octets: NDArray[np.uint8] = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(octets)
+        digest.update(octets.data)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
