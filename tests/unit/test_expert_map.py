@@ -83,7 +83,10 @@ def test_digest_depends_on_everything_and_on_nothing_else() -> None:
         ExpertMap([[0, 1, 1, 0]], 2, Topology(4)),
     ]
     assert len({expert_map.digest() for expert_map in maps}) == len(maps)
-    script = "from eplb_platform import *; print(ExpertMap([[0, 1, 1, 0]], 2, Topology(2)).digest())"
+    script = (
+        "from eplb_platform.expert_map import ExpertMap, Topology\n"
+        "print(ExpertMap([[0, 1, 1, 0]], 2, Topology(2)).digest())"
+    )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == maps[0].digest()
 

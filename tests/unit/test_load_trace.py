@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 import threading
 import tracemalloc
@@ -143,6 +144,21 @@ def test_the_trace_is_not_kept_in_memory(path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 10_000_000
+
+
+def test_a_step_that_does_not_fit_on_the_disk_is_left_out(path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with LoadTraceWriter(path, num_layers=3, num_logical_experts=5) as writer:
+        writer.append(ROWS[0], 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROWS[0].size * 4 + 10, hard))  # the row is cut short
+        try:
+            with pytest.raises(RecordError, match=r"trace\.safetensors\.partial: File too large"):
+                writer.append(ROWS[1], 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.append(ROWS[2], 2)
+    assert (load_trace.read(path).expert_load == ROWS[[0, 2]]).all()
+    assert load_trace.read(path).phase.tolist() == [0, 2]
 
 
 def test_a_writer_that_was_killed_leaves_the_last_checkpoint(path: Path) -> None:
