@@ -104,7 +104,7 @@ def lower_bound(load: ArrayLike, num_physical_experts: int, topology: Topology) 
     )
     mean = total.sum(axis=-1) / ranks
     bound = np.divide(hottest, mean, out=np.ones_like(mean), where=mean > 0)
-    return np.maximum(bound * (1 - _ROUNDING), 1.0)
+    return np.asarray(np.maximum(bound * (1 - _ROUNDING), 1.0))
 
 
 def as_windows(load: ArrayLike) -> _Floats:
@@ -149,7 +149,8 @@ def _hottest_rank_bound(load: _Floats, ranks: int, slots_per_rank: int) -> _Floa
     redundant = ranks * slots_per_rank - load.shape[-1]
     mean = load.sum(axis=-1) / ranks
     shared = _shared_rank_bound(load, ranks, slots_per_rank)
-    return np.maximum(np.maximum(mean, shared), _hottest_replica_bound(load, mean, ranks, redundant))
+    replica = _hottest_replica_bound(load, mean, ranks, redundant)
+    return np.asarray(np.maximum(np.maximum(mean, shared), replica))
 
 
 def _shared_rank_bound(load: _Floats, ranks: int, slots_per_rank: int) -> _Floats:

@@ -340,11 +340,11 @@ def _apply_environment(values: dict[str, object], environ: Mapping[str, str]) ->
     asks_for_something = values.keys() & {"dynamic_eplb", "expert_map_path", "expert_map_record_path"}
     if dynamic and not asks_for_something:
         values["dynamic_eplb"] = True
-    if dynamic is False and values.get("dynamic_eplb"):
+    if dynamic is False and values.get("dynamic_eplb") is True:
         _warn(f"DYNAMIC_EPLB is false: {SECTION}.dynamic_eplb is ignored", UserWarning)
         values["dynamic_eplb"] = False
     record = _switch(environ, "EXPERT_MAP_RECORD")
-    if record is False and values.get("expert_map_record_path"):
+    if record is False and values.get("expert_map_record_path") is not None:
         _warn(f"EXPERT_MAP_RECORD is false: {SECTION}.expert_map_record_path is ignored", UserWarning)
         values["expert_map_record_path"] = None
 
