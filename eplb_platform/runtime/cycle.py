@@ -66,6 +66,8 @@ class CycleRules:
     """What the configuration says about a cycle."""
 
     moves_experts: bool
+    plans: bool
+    """False where the load is only observed."""
     layers_per_chunk: int
     staging_slots: int
     commit_margin_steps: int
@@ -180,6 +182,10 @@ class Cycle:
             self.report.outcome = Outcome.NO_LOAD
             await self._record(self._current_map(), keep_earlier=not self._rules.moves_experts)
             return
+        if self._link.rank == PLANNING_RANK:
+            self.report.balancedness = window_balancedness(self._current_map(), load)
+        if not self._rules.plans:
+            return
         planned = await self._plan(load)
         if self._rules.moves_experts and planned != self._current_map():
             await self._rearrange(planned)
@@ -212,7 +218,6 @@ class Cycle:
         with self._timed(Stage.PLAN):
             if self._link.rank == PLANNING_RANK:
                 planned = await self._planner.plan(load, current)
-                self.report.balancedness = window_balancedness(current, load)
                 self.report.planned_balancedness = window_balancedness(planned, load)
             moves = await self._places.agree("plan", int(planned != current), max, timeout_s=self._timeout_s)
         if moves:

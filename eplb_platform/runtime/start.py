@@ -120,6 +120,7 @@ def _migrator_and_rules(
         warm_up_schedule()
     return migrator, CycleRules(
         moves_experts=config.moves_experts,
+        plans=config.moves_experts or config.records_map,
         layers_per_chunk=config.layer_updates_per_step,
         staging_slots=0 if migrator is None else migrator.staging.slots,
         commit_margin_steps=config.commit_margin_steps,
@@ -143,6 +144,6 @@ def _heat_windows(config: EplbConfig, model: ServedModel) -> HeatWindows:
         model.expert_map.num_layers,
         model.expert_map.num_logical_experts,
         steps=config.expert_heat_collection_interval,
-        num_windows=config.load_windows,
+        num_windows=config.num_load_windows,
         collection=LoadCollection(config.load_collection_phase),
     )

@@ -156,3 +156,11 @@ def test_dynamic_balancing_records_the_map_in_force(ranks: RankPool, tmp_path: P
     path = tmp_path / "map.json"
     ranks.run(serve, SHORT.on(expert_map_record_path=str(path)))
     assert ExpertMap.load(path).num_layers == NUM_LAYERS
+
+
+def test_observing_alone_plans_nothing_and_knows_the_balancedness(ranks: RankPool) -> None:
+    results = ranks.run(serve, SHORT.on(dynamic_eplb=False, log_balancedness=True))
+    check_served_right(results)
+    assert results[0].stats["cycles"] >= 1
+    assert 0.0 < float(results[0].stats["balancedness"] or 0.0) < 1.0
+    assert all("plan" not in result.stages for result in results)
