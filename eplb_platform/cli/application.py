@@ -85,7 +85,7 @@ def demo(
     ranks: Annotated[int, typer.Option(help="Processes that serve the model together.")] = 4,
     redundant_experts: Annotated[
         int | None,
-        typer.Option(help="Slots beyond one for each expert.", show_default="about an eighth of the experts"),
+        typer.Option(help="Slots beyond one for each expert.", show_default="about a quarter of the experts"),
     ] = None,
     model: Annotated[
         Path | None,

@@ -56,8 +56,8 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
 
     from eplb_platform.demo.display import Display
     from eplb_platform.demo.picture import draw
+    from eplb_platform.demo.report import LEGEND, table
     from eplb_platform.demo.report import as_json as result_as_json
-    from eplb_platform.demo.report import table
     from eplb_platform.demo.run import log_path, run_demo
 
     log = log_path(settings)
@@ -71,6 +71,7 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
         print(json.dumps(result_as_json(result)))
     else:
         Console().print(table(result))
+        print(LEGEND)
         print(f"tokens identical in all phases: {'no' if result.different_tokens else 'yes'}")
         print(f"picture: {settings.options.picture}   map: {settings.options.expert_map_record_path}")
     for fault in result.faults:

@@ -78,8 +78,6 @@ def table(result: DemoResult) -> Table:
     drawn = Table(
         title=f"{options.ranks} ranks, {shape.num_layers} layers of {shape.num_logical_experts} experts "
         f"+ {result.settings.redundant_experts} redundant, {options.steps} forward passes a phase",
-        caption="Balancedness: mean / max rank load of a forward pass and layer, mean over the passes\n"
-        "from the phase's first commit on; 1 is perfect. Wait: time that balancing took from one pass.",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -92,6 +90,12 @@ def table(result: DemoResult) -> Table:
     for name, phase in result.phases.items():
         drawn.add_row(name, *_cells(phase_numbers(phase)))
     return drawn
+
+
+LEGEND = """\
+balancedness: mean / max rank load of a forward pass and layer; its mean over layers, and that of the worst
+layer, over the passes from the phase's first commit on; 1 is perfect
+forward: time of a pass on its slowest rank; wait: longest time that balancing took from a pass"""
 
 
 def _cells(numbers: dict[str, float | int]) -> list[str]:

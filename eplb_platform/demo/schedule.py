@@ -94,11 +94,12 @@ def _draw_prompts(
     texts: Sequence[Text], ranks: int, serving: Serving, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """Chunks of text from random places; every kind gets an equal share of the sequences."""
-    count = ranks * serving.sequences
+    sequences = serving.sequences_of_rank(ranks)
+    count = ranks * sequences
     kinds = rng.permutation(np.arange(count) % len(texts))
     prompts = np.empty((count, serving.prompt_tokens), dtype=np.uint8)
     for row, kind in enumerate(kinds):
         data = texts[kind].data
         start = rng.integers(0, len(data) - serving.prompt_tokens)
         prompts[row] = data[start : start + serving.prompt_tokens]
-    return prompts.reshape(ranks, serving.sequences, serving.prompt_tokens)
+    return prompts.reshape(ranks, sequences, serving.prompt_tokens)

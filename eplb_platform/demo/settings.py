@@ -21,17 +21,21 @@ def shipped_texts() -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class Serving:
-    """How much is served in one forward pass, on each rank."""
+    """How much is served in one forward pass."""
 
-    sequences: int = 48
+    sequences: int = 256
+    """On all ranks together: the fewer tokens a pass has, the more its balancedness is a matter of chance."""
     prompt_tokens: int = 12
     forwards_per_batch: int = 24
     """One prefill and then decode steps; then the next batch of sequences comes in."""
 
+    def sequences_of_rank(self, ranks: int) -> int:
+        return -(-self.sequences // ranks)
+
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Options of the demo. `redundant_experts=None` chooses about an eighth of the experts."""
+    """Options of the demo. `redundant_experts=None` chooses about a quarter of the experts."""
 
     ranks: int = 4
     redundant_experts: int | None = None
@@ -51,7 +55,7 @@ class DemoSettings:
         """The same with far fewer forward passes: to see that everything works, not how well."""
         from dataclasses import replace
 
-        return replace(self, steps=96, heat_interval=24, plan_interval=4, serving=Serving(16, 8, 16))
+        return replace(self, steps=96, heat_interval=24, plan_interval=4, serving=Serving(64, 8, 16))
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def check(options: DemoSettings) -> CheckedSettings:
 def _redundant_experts(options: DemoSettings, experts: int) -> int:
     """Redundant experts such that every rank has the same number of slots."""
     if options.redundant_experts is None:
-        return _dividing(experts, options.ranks, experts // 8)
+        return _dividing(experts, options.ranks, experts // 4)
     given = options.redundant_experts
     if given > MOST_REDUNDANCY * experts:
         raise ValueError(

@@ -46,7 +46,7 @@ def test_quick_demo(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "p.png").read_bytes().startswith(b"\x89PNG")
     recorded = ExpertMap.load(tmp_path / "maps" / "m.json")
     assert recorded.topology.num_ranks == 2
-    assert np.array_equal(recorded.physical_to_logical.shape, (4, 72))
+    assert np.array_equal(recorded.physical_to_logical.shape, (4, 80))
     assert not list((tmp_path / "maps").glob("*.tmp*"))
 
 
