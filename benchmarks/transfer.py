@@ -2,7 +2,8 @@
 
 Processes on this machine move experts from one plan's map to another's and back through the CPU backend:
 `fetch` and `swap` of every chunk. In between, in the same run, `torch.distributed.batch_isend_irecv` over
-gloo moves the same tensors between the same pairs, all of a layer at once, into memory that nobody uses.
+gloo moves the same tensors between the same pairs, all of a layer at once, into the same slots of a second
+set of weights.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def check(weights: list[list[torch.Tensor]], expert_map: ExpertMap, rank: int) -
 
 
 def bare_batches(
-    schedule: Schedule, weights: list[list[torch.Tensor]], landing: list[torch.Tensor], rank: int
+    schedule: Schedule, weights: list[list[torch.Tensor]], landing: list[list[torch.Tensor]], rank: int
 ) -> list[list[P2POp]]:
     """The operations of each layer, built ahead: only their execution is timed."""
     batches: list[list[P2POp]] = []
@@ -101,7 +102,7 @@ def bare_batches(
             by_layer[int(layer)] += [P2POp(dist.isend, p[slot], int(peer)) for p in weights[layer]]
         for layer, slot, peer in zip(receives.layer, receives.slot, receives.peer, strict=True):
             if peer != rank:
-                by_layer[int(layer)] += [P2POp(dist.irecv, room[slot], int(peer)) for room in landing]
+                by_layer[int(layer)] += [P2POp(dist.irecv, room[slot], int(peer)) for room in landing[layer]]
         batches += by_layer.values()
     return batches
 
@@ -135,7 +136,7 @@ def measure(rank: int, num_ranks: int, store: Store, settings: Settings) -> list
     values = int(settings.expert_mb * 1e6 / 4)
     sizes = [values - values // 3, values // 3]
     weights = [[torch.empty(settings.slots, size) for size in sizes] for _ in range(settings.layers)]
-    landing = [torch.zeros(settings.slots, size) for size in sizes]
+    landing = [[torch.zeros_like(parameter) for parameter in parameters] for parameters in weights]
     maps = two_maps(settings)
     fill(weights, maps[0], rank)
     max_bytes = None if settings.staging_mb is None else int(settings.staging_mb * 1e6)
