@@ -154,8 +154,7 @@ class Balancer:
         if self._is_closed:
             return
         self._is_closed = True
-        with self._link.gate.changed:
-            self._link.gate.changed.notify_all()
+        self._link.gate.close()
         if not self._background.close(self._rules.timeout_s):
             logger.warning("rank %d: the background thread is still in %s", self._link.rank, self.state)
         if self._on_close is not None:

@@ -259,7 +259,7 @@ class Cycle:
             boundary = await self._agree_on_boundary(f"{place}/commit")
             self._link.gate.commit_at(boundary, chunk)
         with self._timed(Stage.COMMIT):
-            await self._link.clock.until(lambda: self._link.gate.is_committed or bool(self._is_ending()))
+            await self._wait_for_the_commit()
         self.report.outcome = Outcome.MOVED
         self.report.chunks_committed += 1
         self.report.moved_experts += int(moved_experts(before, chunk.map_after).sum())
@@ -285,6 +285,13 @@ class Cycle:
         except Exception as error:
             gate.fail(error)
             raise
+
+    async def _wait_for_the_commit(self) -> None:
+        """However long the engine takes no step: the staging is in use until then."""
+        gate = self._link.gate
+        await self._link.clock.until(lambda: gate.is_committed or gate.is_closed)
+        if not gate.is_committed:
+            raise CycleAborted(f"rank {self._link.rank}: closing", is_cancelled=True)
 
     async def _record(self, expert_map: ExpertMap, *, keep_earlier: bool = False) -> None:
         """A record that cannot be written is reported; it ends no cycle."""

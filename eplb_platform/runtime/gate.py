@@ -26,6 +26,7 @@ class CommitGate:
         self._chunk: Chunk | None = None
         self._commit_at: int | None = None
         self._failure: BaseException | None = None
+        self._is_closed = False
 
     @property
     def boundary(self) -> int:
@@ -35,8 +36,13 @@ class CommitGate:
     # --- background thread ---
 
     def promise(self, margin: int, not_before: int) -> int:
-        """Offer a boundary and promise, in the same instant, not to pass it unanswered."""
+        """Offer a boundary and promise, in the same instant, not to pass it unanswered.
+
+        Raises `ForwardStopped` after `fail`: a new promise would cover up the one that nobody can answer.
+        """
         with self.changed:
+            if self._failure is not None:
+                raise ForwardStopped(f"an earlier promise cannot be answered: {self._failure}")
             self._promise = max(self._boundary + max(margin, 1), not_before)
             return self._promise
 
@@ -62,6 +68,11 @@ class CommitGate:
     def is_committed(self) -> bool:
         """Whether no agreed commit is left to be executed."""
         return self._commit_at is None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the forward thread makes no more passes."""
+        return self._is_closed
 
     # --- forward thread ---
 
@@ -91,6 +102,12 @@ class CommitGate:
         """The forward thread has executed the agreed commit."""
         with self.changed:
             self._commit_at = self._chunk = None
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """The forward thread makes no more passes: what is agreed and not committed yet never will be."""
+        with self.changed:
+            self._is_closed = True
             self.changed.notify_all()
 
     def _is_unanswered(self, boundary: int) -> bool:

@@ -111,6 +111,14 @@ def pause_early_and_resume(balancer: Balancer, step: int) -> None:
         balancer.resume()
 
 
+def pause_and_resume_often(balancer: Balancer, step: int) -> None:
+    """Ends cycles at all their stages, also between the agreement on a commit and the commit itself."""
+    if step % 7 == 3:
+        balancer.pause()
+    if step % 7 == 5:
+        balancer.resume()
+
+
 def ask_for_a_cycle(balancer: Balancer, step: int) -> None:
     if step == 5:
         balancer.rebalance_now()
@@ -150,6 +158,7 @@ ACTIONS: dict[str, Callable[[Balancer, int], None]] = {
     action.__name__: action
     for action in (
         pause_early_and_resume,
+        pause_and_resume_often,
         ask_for_a_cycle,
         change_maps_only,
         commit_late_on_rank_1,

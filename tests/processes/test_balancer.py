@@ -104,6 +104,14 @@ def test_paused_it_moves_nothing_and_resumed_it_goes_on(ranks: RankPool) -> None
     assert all(result.stats["commits"] >= NUM_LAYERS for result in results)
 
 
+def test_pausing_at_any_moment_never_mixes_two_cycles(ranks: RankPool) -> None:
+    run = replace(LONG, action="pause_and_resume_often").on(expert_heat_collection_interval=1)
+    results = ranks.run(serve, run)
+    check_served_right(results)
+    assert all(result.stats["cancelled_cycles"] >= 3 for result in results)
+    assert all(result.stats["failed_cycles"] == 0 for result in results), results[0].stats["last_error"]
+
+
 def test_rebalance_now_does_not_wait_for_the_interval(ranks: RankPool) -> None:
     run = replace(SHORT, action="ask_for_a_cycle").on(expert_heat_collection_interval=100, load_windows=100)
     results = ranks.run(serve, run)

@@ -85,3 +85,21 @@ def test_an_agreed_commit_is_never_passed_over(chunk: Chunk) -> None:
     gate.pass_boundary(A_SHORT_TIME_S)
     with pytest.raises(ForwardStopped, match="past the agreed commit at 1"):
         gate.pass_boundary(A_SHORT_TIME_S)
+
+
+def test_after_a_lost_store_no_new_promise_covers_up_the_old_one() -> None:
+    gate = CommitGate()
+    gate.promise(margin=1, not_before=0)
+    gate.fail(ConnectionError("store is gone"))
+    with pytest.raises(ForwardStopped, match="earlier promise"):
+        gate.promise(margin=50, not_before=0)
+    with pytest.raises(ForwardStopped, match="store is gone"):
+        gate.pass_boundary(A_SHORT_TIME_S)
+
+
+def test_a_closed_gate_says_that_an_agreed_commit_will_not_come(chunk: Chunk) -> None:
+    gate = CommitGate()
+    gate.commit_at(5, chunk)
+    gate.close()
+    assert gate.is_closed
+    assert not gate.is_committed
