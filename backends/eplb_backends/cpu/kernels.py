@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int32] | NDArray[np.int64]
 MapIds = Callable[[Integers, Integers, Integers, NDArray[np.int64], bool, int, NDArray[np.int64]], int]
 
+ALL_MAPPED = -1
+NOT_COUNTED = -2
+
+_Index = np.uint64
 _GOLDEN_RATIO = 2654435769  # 2**32 / 1.618...
 _LOW_32_BITS = 0xFFFFFFFF
 
@@ -34,33 +38,36 @@ def map_ids(
     offset: int,
     physical_ids: NDArray[np.int64],
 ) -> int:
-    """Fill `physical_ids` and count into `load`; the flat index of the first id that is out of range, or -1.
+    """Fill `physical_ids` and count into `load`.
+
+    Returns ALL_MAPPED, or the flat index of the first id that is no expert, or NOT_COUNTED if some physical
+    ids are too large for `load`.
 
     Replica: the fractional part of (row + offset) times the golden ratio, scaled to the replica count. Rows
     that follow each other fall evenly into the replicas; so does every second or third row, all of which a
     choice by row modulo replicas could send to one replica.
     """
-    num_logical: int = logical_to_physical.shape[0]
-    num_physical: int = load.shape[0]
-    rows: int = logical_ids.shape[0]
-    top_k: int = logical_ids.shape[1]
-    for row in range(rows):
-        fraction = ((row + offset) * _GOLDEN_RATIO) & _LOW_32_BITS
-        for choice in range(top_k):
-            logical = int(logical_ids[row, choice])
-            if 0 <= logical < num_logical:
-                replica = (fraction * int(replica_count[logical])) >> 32
-                physical = int(logical_to_physical[logical, replica])
+    # Indices are unsigned: a signed one costs a third more time, as it might count from the end.
+    num_logical, num_physical = _Index(logical_to_physical.shape[0]), _Index(load.shape[0])
+    not_counted = 0
+    for row in range(logical_ids.shape[0]):
+        fraction = _Index(((row + offset) * _GOLDEN_RATIO) & _LOW_32_BITS)
+        for choice in range(logical_ids.shape[1]):
+            logical = _Index(logical_ids[row, choice])
+            if logical < num_logical:
+                replica = (fraction * _Index(replica_count[logical])) >> _Index(32)
+                physical = logical_to_physical[logical, replica]
                 physical_ids[row, choice] = physical
                 if record:
-                    if not 0 <= physical < num_physical:
-                        return row * top_k + choice
-                    load[physical] += 1
-            elif logical == -1:
+                    if _Index(physical) < num_physical:
+                        load[_Index(physical)] += 1
+                    else:
+                        not_counted += 1
+            elif logical_ids[row, choice] == -1:
                 physical_ids[row, choice] = -1
             else:
-                return row * top_k + choice
-    return -1
+                return row * int(logical_ids.shape[1]) + choice
+    return ALL_MAPPED if not_counted == 0 else NOT_COUNTED
 
 
 def warm() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from eplb_backends.cpu.kernels import Integers, map_ids
+from eplb_backends.cpu.kernels import ALL_MAPPED, NOT_COUNTED, Integers, map_ids
 
 _NO_LOAD = np.zeros(0, np.int64)
 
@@ -30,9 +30,17 @@ def map_and_record(
     counted = _NO_LOAD if load is None else load.numpy()
     ids, table = _integers(logical_ids), _integers(logical_to_physical)
     counts = _integers(replica_count.to(logical_to_physical.dtype))
-    bad = map_ids(ids, table, counts, counted, load is not None, offset, physical_ids.numpy())
-    if bad >= 0:
-        raise _out_of_range(logical_ids, bad, logical_to_physical, load)
+    mapped = map_ids(ids, table, counts, counted, load is not None, offset, physical_ids.numpy())
+    if mapped == NOT_COUNTED:
+        raise ValueError(
+            f"tokens go to physical expert {int(physical_ids.max())}, but load counts only {len(counted)}"
+        )
+    if mapped != ALL_MAPPED:
+        row, choice = divmod(mapped, logical_ids.shape[1])
+        raise ValueError(
+            f"row {row}: {int(logical_ids[row, choice])} is not one of {len(table)} logical experts, "
+            "nor -1 for padding"
+        )
     return physical_ids
 
 
@@ -42,17 +50,3 @@ def _integers(tensor: torch.Tensor) -> Integers:
         tensor = tensor.long()
     integers: Integers = tensor.contiguous().numpy()
     return integers
-
-
-def _out_of_range(
-    logical_ids: torch.Tensor, flat_index: int, logical_to_physical: torch.Tensor, load: torch.Tensor | None
-) -> ValueError:
-    row, choice = divmod(flat_index, logical_ids.shape[1])
-    logical, num_logical = int(logical_ids[row, choice]), logical_to_physical.shape[0]
-    if 0 <= logical < num_logical:
-        slots = 0 if load is None else load.shape[0]
-        return ValueError(
-            f"row {row}: expert {logical} has the replicas {logical_to_physical[logical].tolist()}, "
-            f"but load counts only {slots} physical experts"
-        )
-    return ValueError(f"row {row}: {logical} is not one of {num_logical} logical experts, nor -1 for padding")
