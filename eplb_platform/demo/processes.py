@@ -25,7 +25,7 @@ class RankFailed(RuntimeError):
 def context() -> ForkServerContext:
     """Processes forked from one that has imported torch and the model code once, and done nothing else."""
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["eplb_platform.demo.rank_process"])
+    forkserver.set_forkserver_preload(["eplb_platform.demo.before_fork"])
     return forkserver
 
 
