@@ -7,7 +7,7 @@ Everything else of the model is whole on every rank, and every rank serves token
 The output of a token does not depend on which replica served it, nor on what else that expert had to do in
 the same pass: in float32 it is the same bit by bit under every expert map (see `ROW_BLOCK`).
 
-Run with transformers 5.23; written for 4.56 and later.
+Run with transformers 4.56.2 and 5.23.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def load_expert_parallel(
     ValueError for an expert map that does not fit the model or the group.
     """
     folder = Path(checkpoint)
-    config = Qwen3MoeConfig.from_dict(read_config(folder))
+    config = _configuration(folder)
     moe_layers = find_moe_layers(config, folder)
     if expert_map is None:
         topology = Topology(num_ranks, num_nodes)
@@ -329,6 +329,18 @@ def load_expert_parallel(
             blocks.append(block)
     module.train(False)
     return ExpertParallelModel(module, blocks, moe_layers, expert_map)
+
+
+def _configuration(folder: Path) -> Qwen3MoeConfig:
+    values = read_config(folder)
+    try:
+        return Qwen3MoeConfig.from_dict(values)
+    except Exception as error:
+        # What it raises for a bad value differs between versions of transformers; it can fill many lines.
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected a Qwen3-MoE configuration: {reason}"
+        ) from error
 
 
 def find_moe_layers(config: Qwen3MoeConfig, folder: Path) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -269,3 +271,33 @@ def test_a_map_that_does_not_fit_is_refused(ranks: RankPool, checkpoint: Path) -
         (ExpertMap.initial(5, EXPERTS, Topology(4)), "5 MoE layers; this model and group have 3"),
     ):
         assert all(words in message for message in ranks.run(load_only, checkpoint, wrong))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", "large", "config.json: expected a Qwen3-MoE configuration"),
+        ("model_type", "mixtral", "config.json: model_type: expected 'qwen3_moe', found 'mixtral'"),
+        ("decoder_sparse_step", 9, "config.json: expected a layer with experts, found none"),
+        (
+            "hidden_size",
+            64,
+            "model.embed_tokens.weight: expected a tensor of shape [256, 64], found [256, 48]",
+        ),
+        ("num_local_experts", 25, "experts.24.gate_proj.weight: expected, for a model of 25 experts"),
+        ("mlp_only_layers", [], "model.layers.1.mlp.experts.0.gate_proj.weight: expected"),
+    ],
+)
+def test_a_folder_that_will_not_do_is_one_clear_line(
+    checkpoint: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    from eplb_platform.integrations.transformers import CheckpointError, load_expert_parallel
+
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert key in config
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError) as caught:
+        load_expert_parallel(tmp_path, rank=0, num_ranks=1, backend=CpuBackend())
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
