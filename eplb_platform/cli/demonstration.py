@@ -66,6 +66,8 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
     errors = Console(stderr=True)
     with Display(errors, settings.options.ranks, settings.options.steps) as display:
         result = run_demo(settings, display)
+    if not log.stat().st_size:
+        log.unlink()
     draw(result)
     if as_json:
         print(json.dumps(result_as_json(result)))
@@ -74,6 +76,12 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
         print(LEGEND)
         print(f"tokens identical in all phases: {'no' if result.different_tokens else 'yes'}")
         print(f"picture: {settings.options.picture}   map: {settings.options.expert_map_record_path}")
+    for phase in result.phases.values():
+        if phase.failed_cycles:
+            print(
+                f"eplb: demo: phase {phase.name}: {phase.failed_cycles} cycles failed ({log})",
+                file=sys.stderr,
+            )
     for fault in result.faults:
         print(f"eplb: demo: {fault}", file=sys.stderr)
     return FAILED if result.faults else 0

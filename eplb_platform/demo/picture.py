@@ -108,7 +108,7 @@ def _lines(axis: Axes, result: DemoResult) -> None:
     axis.set_ylabel("balancedness\n(mean of layers)")
     axis.set_xlabel("forward pass")
     axis.set_ylim(top=1.0)
-    axis.legend(loc="lower right", fontsize=9, ncols=3, framealpha=0.9)
+    axis.legend(loc="center right", fontsize=9, ncols=3, framealpha=0.9)
 
 
 def _note(axis: Axes, text: str, step: float, height: float, colour: str, align: str) -> None:

@@ -44,6 +44,8 @@ class PhaseResult:
     moved_experts: int
     cycles: int
     failed_cycles: int
+    maps_written: int
+    last_error: str
     stall_ms_max: float
     """Longest time that the balancer took from the forward thread of any rank."""
 
@@ -90,6 +92,8 @@ def run_demo(settings: CheckedSettings, observer: Observer) -> DemoResult:
         observer.begin(name)
         try:
             phases[name] = _serve(name, settings, schedule, observer)
+            if name == "record":
+                _require_record(phases[name])
         except RankFailed as failure:
             raise RankFailed(f"phase {name}: {failure}") from failure
         observer.end(name)
@@ -157,8 +161,16 @@ def summarise(name: str, results: list[RankResult]) -> PhaseResult:
         moved_experts=first.moved_experts if first else 0,
         cycles=first.cycles if first else 0,
         failed_cycles=max((s.failed_cycles for s in stats), default=0),
+        maps_written=max((s.records_written for s in stats), default=0),
+        last_error=next((s.last_error for s in stats if s.last_error), ""),
         stall_ms_max=1e3 * max((s.longest_stall_s for s in stats), default=0.0),
     )
+
+
+def _require_record(recorded: PhaseResult) -> None:
+    """Without this a map that an earlier run left would be served as the recorded one."""
+    if not recorded.maps_written:
+        raise RankFailed(f"rank 0: no map was written: {recorded.last_error or 'no cycle was completed'}")
 
 
 def _same(first: tuple[NDArray[np.uint8], ...], other: tuple[NDArray[np.uint8], ...]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eplb_platform.demo.checkpoint_shape import CheckpointShape, read_shape
@@ -53,8 +54,6 @@ class DemoSettings:
 
     def quick(self) -> DemoSettings:
         """The same with far fewer forward passes: to see that everything works, not how well."""
-        from dataclasses import replace
-
         return replace(self, steps=96, heat_interval=24, plan_interval=4, serving=Serving(64, 8, 16))
 
 
@@ -155,6 +154,8 @@ def _check_paths(options: DemoSettings) -> None:
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir():
             raise ValueError(f"{name} {path}: {parent} is not a folder")
+        if not os.access(path if path.exists() else parent, os.W_OK):
+            raise ValueError(f"{name} {path}: cannot be written")
     if options.picture.suffix.lower() != ".png":
         raise ValueError(f"--picture {options.picture}: expected a name that ends in .png")
     if options.expert_map_record_path.suffix.lower() != ".json":

@@ -16,10 +16,11 @@ from safetensors.numpy import save_file
 
 from eplb_platform.cli import run
 from eplb_platform.demo.measures import load_by_rank, total_load
-from eplb_platform.demo.messages import RankResult
+from eplb_platform.demo.messages import Progress, RankResult
 from eplb_platform.demo.picture import draw
+from eplb_platform.demo.processes import RankFailed
 from eplb_platform.demo.report import as_json, table
-from eplb_platform.demo.run import PHASES, DemoResult, eplb_config, summarise
+from eplb_platform.demo.run import PHASES, DemoResult, eplb_config, run_demo, summarise
 from eplb_platform.demo.schedule import Text, plan_serving
 from eplb_platform.demo.settings import CheckedSettings, DemoSettings, Serving, check
 from eplb_platform.expert_map import ExpertMap
@@ -280,3 +281,27 @@ def test_json_and_table_name_every_phase_and_the_picture_is_drawn(folder: Path) 
 def test_checked_settings_count_slots(folder: Path) -> None:
     checked: CheckedSettings = check(settings(redundant_experts=16))
     assert checked.num_physical_experts == 80
+
+
+def test_a_map_of_an_earlier_run_is_not_served_as_the_recorded_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record phase that wrote nothing ends the demo, whatever lies at the path."""
+    sound = result(folder)
+    unwritten = {
+        name: replace(phase, maps_written=0, last_error="the disk is full")
+        for name, phase in sound.phases.items()
+    }
+    monkeypatch.setattr("eplb_platform.demo.run._serve", lambda name, *_: unwritten[name])
+    with pytest.raises(RankFailed, match="phase record: rank 0: no map was written: the disk is full"):
+        run_demo(sound.settings, Silence())
+
+
+class Silence:
+    """An observer that says nothing."""
+
+    def begin(self, phase: str) -> None: ...
+
+    def update(self, phase: str, rank: int, progress: Progress) -> None: ...
+
+    def end(self, phase: str) -> None: ...
