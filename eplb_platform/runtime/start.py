@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from eplb_platform.config import EplbConfig
 from eplb_platform.heat import HeatWindows, LoadCollection
 from eplb_platform.migration.schedule import warm_up as warm_up_schedule
-from eplb_platform.migration.staging import Staging
+from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.balancer import Balancer, LockedHeat
 from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_MB = 1_000_000
 WITHOUT_EFFECT_WHILE_SERVING = ("trace_record_path", "enable_expert_compute_profiling")
 
 
