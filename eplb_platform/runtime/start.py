@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eplb_platform.algorithms import load_algorithm
 from eplb_platform.config import EplbConfig
 from eplb_platform.heat import HeatWindows, LoadCollection
 from eplb_platform.migration.schedule import warm_up as warm_up_schedule
@@ -50,11 +51,13 @@ def start_balancer(
     name: keeps the keys of several models in one store apart.
     planner: plans in place of the configured algorithm.
     on_stage: called in the background thread whenever a cycle enters a stage.
-    Raises ValueError when the staging memory is too small, `GroupError` when not every rank comes.
+    Raises ValueError for an unknown algorithm and for too little staging memory, `GroupError` when not every
+    rank comes.
     """
     from torch.distributed import PrefixStore
 
     _warn_of_keys_without_effect(config)
+    load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
     for_group, for_cycle = (PrefixStore(name, _client_of(store)) for _ in range(2))
     num_ranks = model.expert_map.topology.num_ranks
     backend.connect(for_group, rank, num_ranks, config.transfer_timeout_s)
