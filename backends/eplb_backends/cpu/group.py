@@ -56,6 +56,7 @@ class GlooGroup:
         self._closed = Event()
         self._lock = Lock()
         self._gloo: _Gloo | None = None
+        self._answers: dict[int, Work] = {}
         self._exchanges_to: Counter[int] = Counter()
         self._exchanges_from: Counter[int] = Counter()
 
@@ -150,7 +151,10 @@ class GlooGroup:
         leaving += [(peer, send(peer, _empty(), _end_tag(number))) for peer, number in targets.items()]
         for peer, work in (*ends, *arriving):
             self._attempt(f"receiving from rank {peer}", work.wait, _left(deadline))
-        leaving += [(peer, send(peer, _empty(), _answer_tag(number))) for peer, number in sources.items()]
+        # An answer is not waited for, as it may be half sent. It is kept until the peer's next end shows that
+        # it has arrived: gloo sends nothing behind a message that was dropped.
+        for peer, number in sources.items():
+            self._answers[peer] = send(peer, _empty(), _answer_tag(number))
         for peer, work in (*answers, *leaving):
             self._attempt(f"sending to rank {peer}", work.wait, _left(deadline))
         self._exchanges_from.update(sources.keys())
