@@ -1,0 +1,528 @@
+"""Compiled kernels of dispatch: shares that level the ranks, and the tables that realise them.
+
+A layer's shares are a flow: the load of every expert goes to its replicas. It starts even and is levelled by
+the decomposition algorithm for resource allocation (Groenevelt 1991, after Fujishige 1980): a maximum flow
+(Dinic 1970) brings all ranks of a block to their mean, or its minimum cut parts the block into hotter ranks
+and cooler ones that share no more work; then each part by itself.
+
+Arrays are C-contiguous and writable (a read-only array is another type to numba and would compile again).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.algorithms.jit import kernel
+
+Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Slots = NDArray[np.int32]
+Flags = NDArray[np.bool_]
+
+# A rank is level when it exceeds the mean of its block by no more than this part of it: the rounding of sums.
+_LEVEL = 1e-12
+# Lengths of a row that are tried, counted from its width downwards.
+_TRIED_LENGTHS = 32
+
+
+@kernel
+def replicas_by_expert(experts: Slots, first: Ids, replicas: Ids) -> None:
+    """Fill first, [experts + 1], and replicas, [slots]: those of an expert are, ascending,
+    replicas[first[expert] : first[expert + 1]]. experts: [slots], -1 on inactive ranks.
+    """
+    first[:] = 0
+    for expert in experts:
+        if expert >= 0:
+            first[expert + 1] += 1
+    for expert in range(first.size - 1):
+        first[expert + 1] += first[expert]
+    filled = first.copy()
+    for slot in range(experts.size):
+        if experts[slot] >= 0:
+            replicas[filled[experts[slot]]] = slot
+            filled[experts[slot]] += 1
+
+
+@kernel
+def reach(
+    ranks: Ids,
+    in_block: Flags,
+    level: float,
+    slack: float,
+    rank_load: Floats,
+    experts: Slots,
+    first: Ids,
+    replicas: Ids,
+    flow: Floats,
+    rank_depth: Ids,
+    expert_depth: Ids,
+    queue: Ids,
+) -> bool:
+    """Breadth first from the ranks hotter than `level` by more than `slack`, along work that can move on;
+    returns whether it met a rank below `level`. Fills the depths, -1 where it did not come.
+
+    ranks: of the block; in_block: [ranks]; rank_load: [ranks]; flow: [slots], load that a slot computes;
+    experts, first, replicas: see `replicas_by_expert`.
+    """
+    num_slots = experts.size // rank_load.size
+    tail, met = 0, rank_load.size
+    for rank in ranks:
+        rank_depth[rank] = -1
+        if rank_load[rank] > level + slack:
+            rank_depth[rank] = 0
+            queue[tail] = rank
+            tail += 1
+        for slot in range(rank * num_slots, (rank + 1) * num_slots):
+            expert_depth[experts[slot]] = -1
+    head = 0
+    while head < tail and rank_depth[queue[head]] < met:
+        rank = queue[head]
+        head += 1
+        for slot in range(rank * num_slots, (rank + 1) * num_slots):
+            expert = experts[slot]
+            if flow[slot] <= 0.0 or expert_depth[expert] >= 0:
+                continue
+            expert_depth[expert] = rank_depth[rank]
+            for index in range(first[expert], first[expert + 1]):
+                other = replicas[index] // num_slots
+                if in_block[other] and rank_depth[other] < 0:
+                    rank_depth[other] = rank_depth[rank] + 1
+                    queue[tail] = other
+                    tail += 1
+                    if rank_load[other] < level:
+                        met = rank_depth[other]
+    return met < rank_load.size
+
+
+@kernel
+def step_on(
+    rank: int,
+    experts: Slots,
+    first: Ids,
+    replicas: Ids,
+    flow: Floats,
+    rank_depth: Ids,
+    expert_depth: Ids,
+    slot_arc: Ids,
+    replica_arc: Ids,
+    num_slots: int,
+) -> bool:
+    """Find the next way on from `rank` to a rank one deeper; whether there is one.
+
+    It leads from slot slot_arc[rank] to replicas[replica_arc[expert]]; ways given up are not tried again.
+    """
+    while slot_arc[rank] < (rank + 1) * num_slots:
+        slot = slot_arc[rank]
+        expert = experts[slot]
+        if flow[slot] > 0.0 and expert_depth[expert] == rank_depth[rank]:
+            while replica_arc[expert] < first[expert + 1]:
+                if rank_depth[replicas[replica_arc[expert]] // num_slots] == rank_depth[rank] + 1:
+                    return True
+                replica_arc[expert] += 1
+        slot_arc[rank] += 1
+    return False
+
+
+@kernel
+def push_from(
+    source: int,
+    level: float,
+    slack: float,
+    rank_load: Floats,
+    experts: Slots,
+    first: Ids,
+    replicas: Ids,
+    flow: Floats,
+    rank_depth: Ids,
+    expert_depth: Ids,
+    slot_arc: Ids,
+    replica_arc: Ids,
+    path: Ids,
+) -> None:
+    """Move load from `source` to ranks below `level` along shortest ways, until it is level or none is left.
+
+    path: [ranks], room for the ranks on the way.
+    """
+    num_slots = experts.size // rank_load.size
+    length = 0
+    path[0] = source
+    while rank_load[source] > level + slack:
+        rank = path[length]
+        if rank_load[rank] < level:
+            room = level - rank_load[rank]
+            moved = min(rank_load[source] - level, room)
+            for index in range(length):
+                moved = min(moved, flow[slot_arc[path[index]]])
+            for index in range(length):
+                slot = slot_arc[path[index]]
+                flow[slot] -= moved
+                flow[replicas[replica_arc[experts[slot]]]] += moved
+            # Set, not summed, where the level is reached: what rounding left would be pushed about again.
+            rank_load[source] = max(rank_load[source] - moved, level)
+            rank_load[rank] = level if moved == room else min(rank_load[rank] + moved, level)
+            length = 0
+        elif step_on(
+            rank, experts, first, replicas, flow, rank_depth, expert_depth, slot_arc, replica_arc, num_slots
+        ):
+            length += 1
+            path[length] = replicas[replica_arc[experts[slot_arc[rank]]]] // num_slots
+        elif length == 0:
+            return
+        else:
+            rank_depth[rank] = -2  # a dead end
+            length -= 1
+
+
+@kernel
+def level_block(
+    ranks: Ids,
+    in_block: Flags,
+    experts: Slots,
+    first: Ids,
+    replicas: Ids,
+    flow: Floats,
+    rank_load: Floats,
+    rank_depth: Ids,
+    expert_depth: Ids,
+    slot_arc: Ids,
+    replica_arc: Ids,
+    queue: Ids,
+) -> bool:
+    """Bring the ranks of a block to their mean; False where it cannot be done: then the hotter part of the
+    block are the ranks with rank_depth >= 0, which have passed on all work that others hold, too.
+    """
+    num_slots = experts.size // rank_load.size
+    total = 0.0
+    for rank in ranks:
+        rank_load[rank] = flow[rank * num_slots : (rank + 1) * num_slots].sum()
+        total += rank_load[rank]
+    level = total / ranks.size
+    slack = _LEVEL * level
+    while reach(
+        ranks,
+        in_block,
+        level,
+        slack,
+        rank_load,
+        experts,
+        first,
+        replicas,
+        flow,
+        rank_depth,
+        expert_depth,
+        queue,
+    ):
+        for rank in ranks:
+            slot_arc[rank] = rank * num_slots
+            for slot in range(rank * num_slots, (rank + 1) * num_slots):
+                replica_arc[experts[slot]] = first[experts[slot]]
+        for rank in ranks:
+            if rank_depth[rank] == 0:
+                push_from(
+                    rank,
+                    level,
+                    slack,
+                    rank_load,
+                    experts,
+                    first,
+                    replicas,
+                    flow,
+                    rank_depth,
+                    expert_depth,
+                    slot_arc,
+                    replica_arc,
+                    queue,
+                )
+    hottest = 0.0
+    for rank in ranks:
+        hottest = max(hottest, rank_load[rank])
+    return hottest <= level + slack
+
+
+@kernel
+def level_layer(
+    load: Floats, experts: Slots, ranks: Ids, num_ranks: int, first: Ids, replicas: Ids, flow: Floats
+) -> None:
+    """Fill flow, [slots]: from even shares to the flow whose ranks are level, the hottest first.
+
+    load: [experts]; ranks: the active ones, reordered on return; first, replicas: see `replicas_by_expert`.
+    """
+    rank_load = np.zeros(num_ranks, np.float64)
+    rank_depth = np.empty(num_ranks, np.int64)
+    slot_arc = np.empty(num_ranks, np.int64)
+    queue = np.empty(num_ranks, np.int64)
+    expert_depth = np.empty(load.size, np.int64)
+    replica_arc = np.empty(load.size, np.int64)
+    in_block = np.zeros(num_ranks, np.bool_)
+    for slot in range(experts.size):
+        expert = experts[slot]
+        flow[slot] = load[expert] / (first[expert + 1] - first[expert]) if expert >= 0 else 0.0
+    # Blocks still to level: ranks[start : end].
+    start, end = np.zeros(num_ranks + 1, np.int64), np.zeros(num_ranks + 1, np.int64)
+    end[0], open_blocks = ranks.size, 1
+    while open_blocks:
+        open_blocks -= 1
+        low, high = start[open_blocks], end[open_blocks]
+        block = ranks[low:high].copy()
+        for rank in block:
+            in_block[rank] = True
+        level = level_block(
+            block,
+            in_block,
+            experts,
+            first,
+            replicas,
+            flow,
+            rank_load,
+            rank_depth,
+            expert_depth,
+            slot_arc,
+            replica_arc,
+            queue,
+        )
+        middle, back = low, high
+        for rank in block:
+            in_block[rank] = False
+            if rank_depth[rank] >= 0:
+                ranks[middle] = rank
+                middle += 1
+            else:
+                back -= 1
+                ranks[back] = rank
+        if level:
+            continue
+        for part_start, part_end in ((low, middle), (middle, high)):
+            # A part as large as the block is one that rounding kept from parting.
+            if 1 < part_end - part_start < block.size:
+                start[open_blocks], end[open_blocks] = part_start, part_end
+                open_blocks += 1
+
+
+@kernel
+def flow_to_shares(
+    load: Floats, first: Ids, replicas: Ids, num_slots: int, flow: Floats, shares: Floats
+) -> None:
+    """Fill shares, [slots]: the part of its expert's load that a slot takes, an even one without load; of two
+    replicas on one rank the first takes all. num_slots: of a rank.
+    """
+    for expert in range(load.size):
+        slots = replicas[first[expert] : first[expert + 1]]
+        total, num_holders = 0.0, 0
+        for index in range(slots.size):
+            total += flow[slots[index]]
+            num_holders += index == 0 or slots[index] // num_slots != slots[index - 1] // num_slots
+        holder = slots[0]
+        for slot in slots:
+            if slot // num_slots != holder // num_slots or slot == slots[0]:
+                holder = slot
+                shares[slot] = 0.0 if total > 0.0 else 1.0 / num_holders
+            if total > 0.0:
+                shares[holder] += flow[slot] / total
+
+
+@kernel
+def level_shares(load: Floats, experts: Slots, active_ranks: Ids, num_ranks: int) -> Floats:
+    """[layers, slots], the part of its expert's load that each slot takes so that the ranks are level.
+
+    load: [layers, experts]; experts: [layers, slots], -1 on inactive ranks.
+    """
+    num_layers, num_experts = load.shape
+    shares = np.zeros(experts.shape, np.float64)
+    first = np.empty(num_experts + 1, np.int64)
+    replicas = np.empty(experts.shape[1], np.int64)
+    flow = np.empty(experts.shape[1], np.float64)
+    for layer in range(num_layers):
+        replicas_by_expert(experts[layer], first, replicas)
+        level_layer(load[layer], experts[layer], active_ranks.copy(), num_ranks, first, replicas, flow)
+        num_slots = experts.shape[1] // num_ranks
+        flow_to_shares(load[layer], first, replicas, num_slots, flow, shares[layer])
+    return shares
+
+
+@kernel
+def level_ranks(load: float, elsewhere: Floats, shares: Floats) -> None:
+    """Fill shares, [replicas]: those of one expert that bring its ranks to one level, but none below 0.
+
+    load: of the expert, above 0; elsewhere: [replicas], what their ranks compute of other experts.
+    """
+    level, num_below, num_before = np.inf, shares.size, shares.size + 1
+    # Fewer ranks each time; rounding might bring some back.
+    while 0 < num_below < num_before:
+        num_before, num_below, total = num_below, 0, load
+        for base in elsewhere:
+            if base < level:
+                total += base
+                num_below += 1
+        if num_below:
+            level = total / num_below
+    filled = 0.0
+    for replica in range(shares.size):
+        shares[replica] = max(0.0, level - elsewhere[replica])
+        filled += shares[replica]
+    for replica in range(shares.size):
+        # Divided by their own sum: a load that is small beside the others' leaves few digits.
+        shares[replica] = shares[replica] / filled if filled > 0.0 else 1.0 / shares.size
+
+
+@kernel
+def row_length(shares: Floats, most: int) -> int:
+    """The length of a row, at most `most`, whose entries come nearest to `shares`: of equals the longest."""
+    best, best_error = most, np.inf
+    for length in range(most, max(shares.size, most - _TRIED_LENGTHS + 1) - 1, -1):
+        error = 0.0
+        for share in shares:
+            error += abs(share * length - np.rint(share * length))
+        if error / length < best_error - 1e-9:
+            best, best_error = length, error / length
+    return best
+
+
+@kernel
+def count_entries(shares: Floats, load: float, length: int, elsewhere: Floats, entries: Ids) -> int:
+    """Fill entries, [replicas]: how many of a row's `length` entries each replica gets; returns their number
+    without the common divisor. What rounding down leaves goes to the ranks that are coolest by then.
+
+    elsewhere: see `level_ranks`.
+    """
+    left = length
+    for replica in range(shares.size):
+        # A hair more, so that 3 * (1 / 3) is 1 and not 0.
+        entries[replica] = int(np.floor(shares[replica] * length + 1e-9))
+        left -= entries[replica]
+    for _ in range(left):
+        coolest, lowest = 0, np.inf
+        for replica in range(shares.size):
+            rank_load = elsewhere[replica] + entries[replica] * load / length
+            if rank_load < lowest:
+                coolest, lowest = replica, rank_load
+        entries[coolest] += 1
+    divisor = 0
+    for count in entries:
+        one, other = divisor, count
+        while other:
+            one, other = other, one % other
+        divisor = one
+    for replica in range(shares.size):
+        entries[replica] //= divisor
+    return length // divisor
+
+
+@kernel
+def interleave(entries: Ids, slots: Ids, row: Slots) -> None:
+    """Fill `row` so that each slot comes `entries` times, spread as evenly as can be (smooth weighted round
+    robin): at each place the slot that is furthest behind its due, the first of equals.
+    """
+    due = np.zeros(entries.size, np.int64)
+    for place in range(row.size):
+        furthest = 0
+        for replica in range(entries.size):
+            due[replica] += entries[replica]
+            if due[replica] > due[furthest]:
+                furthest = replica
+        due[furthest] -= row.size
+        row[place] = slots[furthest]
+
+
+@kernel
+def fill_row(load: float, slots: Ids, num_slots: int, shares: Floats, rank_load: Floats, row: Slots) -> int:
+    """Fill the row of one expert and return the entries in use; rank_load follows from exact to realised.
+
+    slots: of its replicas; num_slots: of a rank; shares: [slots] of the layer, exact; rank_load: [ranks];
+    row: [width] of -1.
+    """
+    holders = np.empty(slots.size, np.int64)
+    num_holders = 0
+    for index in range(slots.size):
+        if index == 0 or slots[index] // num_slots != slots[index - 1] // num_slots:
+            holders[num_holders] = slots[index]
+            num_holders += 1
+    holders = holders[:num_holders]
+    parts = shares[holders]
+    elsewhere = rank_load[holders // num_slots] - parts * load
+    if load > 0.0:
+        # Not the exact shares: these make good what the rounding of hotter experts left on the ranks.
+        level_ranks(load, elsewhere, parts)
+    entries = np.empty(num_holders, np.int64)
+    length = count_entries(parts, load, row_length(parts, row.size), elsewhere, entries)
+    for index in range(num_holders):
+        rank_load[holders[index] // num_slots] = elsewhere[index] + entries[index] * load / length
+    interleave(entries, holders, row[:length])
+    return length
+
+
+@kernel
+def fill_tables(
+    shares: Floats, load: Floats, experts: Slots, order: Ids, num_ranks: int, table: Slots, count: Slots
+) -> None:
+    """Fill table, [layers, experts, width] of -1, and count, [layers, experts]: its rows and their lengths.
+
+    shares, experts: [layers, slots]; load: [layers, experts]; order: [layers, experts], hottest first, so
+    that the finer steps of cooler experts make good what those of hotter ones leave.
+    """
+    num_layers, num_experts, _ = table.shape
+    num_slots = experts.shape[1] // num_ranks
+    first = np.empty(num_experts + 1, np.int64)
+    replicas = np.empty(experts.shape[1], np.int64)
+    for layer in range(num_layers):
+        replicas_by_expert(experts[layer], first, replicas)
+        rank_load = np.zeros(num_ranks, np.float64)
+        for slot in replicas[: first[num_experts]]:
+            rank_load[slot // num_slots] += shares[layer, slot] * load[layer, experts[layer, slot]]
+        for expert in order[layer]:
+            slots = replicas[first[expert] : first[expert + 1]]
+            if slots.size == 1:
+                table[layer, expert, 0] = slots[0]
+                count[layer, expert] = 1
+            else:
+                count[layer, expert] = fill_row(
+                    load[layer, expert], slots, num_slots, shares[layer], rank_load, table[layer, expert]
+                )
+
+
+@kernel
+def count_shares(table: Slots, count: Slots, experts: Slots) -> Floats:
+    """[layers, slots], the part of its expert's tokens that each slot takes by a table.
+
+    table: [layers, experts, width]; count: [layers, experts], entries in use; experts: [layers, slots].
+    """
+    shares = np.zeros(experts.shape, np.float64)
+    for layer in range(table.shape[0]):
+        for expert in range(table.shape[1]):
+            for slot in table[layer, expert, : count[layer, expert]]:
+                shares[layer, slot] += 1.0
+        for slot in range(experts.shape[1]):
+            if experts[layer, slot] >= 0:
+                shares[layer, slot] /= count[layer, experts[layer, slot]]
+    return shares
+
+
+@kernel
+def fill_local_table(experts: Slots, rank: int, node_of_rank: Slots, table: Slots, count: Slots) -> None:
+    """Fill table, [layers, experts, width] of -1, and count, [layers, experts], for tokens of `rank`: the
+    replicas on it, else those on its node, else all, beginning with another one on every rank.
+
+    experts: [layers, slots], -1 on inactive ranks.
+    """
+    num_layers, num_experts, _ = table.shape
+    num_slots = experts.shape[1] // node_of_rank.size
+    first = np.empty(num_experts + 1, np.int64)
+    replicas = np.empty(experts.shape[1], np.int64)
+    for layer in range(num_layers):
+        replicas_by_expert(experts[layer], first, replicas)
+        for expert in range(num_experts):
+            nearest, here = 0, 0
+            for slot in replicas[first[expert] : first[expert + 1]]:
+                other = slot // num_slots
+                near = 2 if other == rank else 1 if node_of_rank[other] == node_of_rank[rank] else 0
+                if near > nearest:
+                    nearest, here = near, 0
+                here += near == nearest
+            place = here - rank % here
+            for slot in replicas[first[expert] : first[expert + 1]]:
+                other = slot // num_slots
+                near = 2 if other == rank else 1 if node_of_rank[other] == node_of_rank[rank] else 0
+                if near == nearest:
+                    table[layer, expert, place % here] = slot
+                    place += 1
+            count[layer, expert] = here
