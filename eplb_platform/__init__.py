@@ -32,7 +32,7 @@ _HOMES = {
     "rebalance_experts": "eplb_platform.algorithms",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the one list of public names is the table above
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
