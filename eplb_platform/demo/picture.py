@@ -101,7 +101,7 @@ def _lines(axis: Axes, result: DemoResult) -> None:
     commit = result.phases["dynamic"].first_commit
     if commit:
         axis.axvline(commit, color=LINES["dynamic"][0], linewidth=1, linestyle=":")
-        _note(axis, "first commit", commit, 0.04, LINES["dynamic"][0], "left")
+        _note(axis, "first commit", commit, 0.88, LINES["dynamic"][0], "left")
     for stretch in result.schedule.stretches:
         axis.axvline(stretch.start, color="#888888", linewidth=0.8)
         _note(axis, stretch.label, (stretch.start + stretch.end) / 2, 1.01, "#444444", "center")

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from eplb_platform.demo.settings import Serving
 
+MOSTLY = 0.75
+"""Share of the sequences that the favoured kinds of text have together."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -25,7 +28,8 @@ class Stretch:
 
     start: int
     end: int
-    kinds: tuple[int, ...]
+    shares: tuple[float, ...]
+    """Of the sequences, for each kind of text; they sum to 1."""
     label: str
 
 
@@ -60,21 +64,31 @@ class Schedule:
 
 
 def stretches(texts: Sequence[Text], steps: int) -> tuple[Stretch, ...]:
-    """Three mixes one after the other: the first half of the kinds, the second half, then all of them."""
-    half = (len(texts) + 1) // 2
-    mixes = [tuple(range(half)), tuple(range(half, len(texts))), tuple(range(len(texts)))]
-    mixes = [mix for mix in mixes if mix] if len(texts) > 1 else mixes[:1]
-    bounds = [round(steps * i / len(mixes)) for i in range(len(mixes) + 1)]
+    """Three mixes one after the other: mostly the first half of the kinds, mostly the second, all alike."""
+    kinds, half = range(len(texts)), (len(texts) + 1) // 2
+    favoured = (kinds[:half], kinds[half:], kinds) if len(texts) > 1 else (kinds,)
+    bounds = [round(steps * i / len(favoured)) for i in range(len(favoured) + 1)]
     return tuple(
-        Stretch(start, end, kinds, _label(texts, kinds))
-        for start, end, kinds in zip(bounds, bounds[1:], mixes, strict=False)
+        Stretch(start, end, _shares(len(texts), some), _label(texts, some))
+        for start, end, some in zip(bounds, bounds[1:], favoured, strict=False)
     )
 
 
-def _label(texts: Sequence[Text], kinds: Sequence[int]) -> str:
-    if len(kinds) == len(texts) > 1:
-        return "all texts"
-    return " + ".join(texts[kind].name for kind in kinds)
+def _shares(count: int, favoured: range) -> tuple[float, ...]:
+    """Equal shares of `MOSTLY` for the favoured kinds, and of the rest for the others."""
+    others = count - len(favoured)
+    if not others:
+        return (1 / count,) * count
+    return tuple(
+        MOSTLY / len(favoured) if kind in favoured else (1 - MOSTLY) / others for kind in range(count)
+    )
+
+
+def _label(texts: Sequence[Text], favoured: range) -> str:
+    names = " + ".join(texts[kind].name for kind in favoured)
+    if len(favoured) < len(texts):
+        return f"mostly {names}"
+    return "all texts alike" if len(texts) > 1 else names
 
 
 def plan_serving(texts: Sequence[Text], *, ranks: int, steps: int, serving: Serving, seed: int) -> Schedule:
@@ -85,18 +99,19 @@ def plan_serving(texts: Sequence[Text], *, ranks: int, steps: int, serving: Serv
     for stretch in mixes:
         for start in range(stretch.start, stretch.end, serving.forwards_per_batch):
             forwards = min(serving.forwards_per_batch, stretch.end - start)
-            prompts = _draw_prompts([texts[kind] for kind in stretch.kinds], ranks, serving, rng)
+            prompts = _draw_prompts(texts, stretch.shares, ranks, serving, rng)
             batches.append(Batch(start, forwards, prompts))
     return Schedule(mixes, tuple(batches), steps)
 
 
 def _draw_prompts(
-    texts: Sequence[Text], ranks: int, serving: Serving, rng: np.random.Generator
+    texts: Sequence[Text], shares: Sequence[float], ranks: int, serving: Serving, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Chunks of text from random places; every kind gets an equal share of the sequences."""
+    """Chunks of text from random places, as many of each kind as its share says."""
     sequences = serving.sequences_of_rank(ranks)
     count = ranks * sequences
-    kinds = rng.permutation(np.arange(count) % len(texts))
+    # The kind whose share of a ruler from 0 to 1 holds the middle of each sequence's part of it.
+    kinds = rng.permutation(np.searchsorted(np.cumsum(shares)[:-1], (np.arange(count) + 0.5) / count))
     prompts = np.empty((count, serving.prompt_tokens), dtype=np.uint8)
     for row, kind in enumerate(kinds):
         data = texts[kind].data

@@ -179,13 +179,15 @@ def test_every_forward_pass_is_served_once_and_by_all_ranks(
 
 
 def test_the_mix_changes_during_the_phase() -> None:
-    schedule = plan_serving(texts(4), ranks=2, steps=90, serving=Serving(16, 4, 10), seed=1)
-    mixes = [
-        {int(kind) for batch in schedule.batches if stretch.start <= batch.start < stretch.end
-         for kind in np.unique(batch.prompts)}
-        for stretch in schedule.stretches
-    ]  # fmt: skip
-    assert mixes == [{0, 1}, {2, 3}, {0, 1, 2, 3}]
+    schedule = plan_serving(texts(4), ranks=2, steps=90, serving=Serving(32, 4, 10), seed=1)
+    mixes = []
+    for stretch in schedule.stretches:
+        batches = [batch for batch in schedule.batches if stretch.start <= batch.start < stretch.end]
+        kinds = np.concatenate([batch.prompts[..., 0].ravel() for batch in batches])
+        mixes.append((np.bincount(kinds, minlength=4) / len(kinds)).tolist())
+    assert mixes == [[0.375, 0.375, 0.125, 0.125], [0.125, 0.125, 0.375, 0.375], [0.25] * 4]
+    labels = [stretch.label for stretch in schedule.stretches]
+    assert labels == ["mostly t0 + t1", "mostly t2 + t3", "all texts alike"]
 
 
 def test_the_seed_and_nothing_else_draws_the_prompts() -> None:
