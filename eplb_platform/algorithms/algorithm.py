@@ -47,6 +47,20 @@ class Algorithm(ABC):
         the order within a rank is free. Same input, same result, whatever the number of threads.
         """
 
+    def weigh(
+        self, load: NDArray[np.float64], compute_cost: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        """The load that `place` gets and that its map is measured by; an algorithm that counts more than
+        tokens makes it here.
+
+        load: [windows, layers, logical] tokens; returned itself, or another of this shape
+        compute_cost: [layers, logical], time of one token in any unit, NaN where an expert was not profiled;
+            None without a profile. Raises ValueError where it is given and the algorithm has no use for it.
+        """
+        if compute_cost is not None:
+            raise ValueError(f"algorithm {self.name!r} does not count compute cost, compute_aware does")
+        return load
+
     def warm_up(self) -> None:
         """Compile what `place` and the choice of slots after it need, so that the first cycle does not wait
         for it. Called once at start; an algorithm with kernels of its own adds them.

@@ -42,6 +42,7 @@ def rebalance_experts(
     num_expert_groups: int = 1,
     current: ExpertMap | None = None,
     algorithm: str = DEFAULT_ALGORITHM,
+    compute_cost: ArrayLike | None = None,
     **options: OptionValue,
 ) -> Plan:
     """Plan a rearrangement: the same input gives the same plan, whatever the number of threads.
@@ -51,6 +52,8 @@ def rebalance_experts(
     topology: ranks, nodes and which ranks are active, perhaps others than in `current`
     num_expert_groups: DeepSeek's groups of neighbouring experts; they divide the experts evenly
     current: the map in use; experts that stay on their rank keep their slot
+    compute_cost: [layers, logical], for algorithms that count it: the time that a token takes in an expert,
+        in any unit, NaN for an expert that was not profiled; with it, the plan's measures are of the blend
     options: go to the algorithm
 
     Raises ValueError for load that is negative or not finite, shapes that do not fit each other, too few
@@ -63,7 +66,9 @@ def rebalance_experts(
         num_physical_experts = num_physical_experts or current.num_physical_experts
     slots = _checked_slots(num_physical_experts, num_experts, topology)
     _check_groups(num_expert_groups, num_experts)
-    placed = make_algorithm(algorithm, options).place(
+    engine = make_algorithm(algorithm, options)
+    windows = engine.weigh(windows, _checked_cost(compute_cost, (num_layers, num_experts)))
+    placed = engine.place(
         windows,
         num_physical_experts=slots,
         topology=topology,
@@ -112,6 +117,23 @@ def _checked_load(load: ArrayLike) -> NDArray[np.float64]:
             "expected a finite number of tokens of at least 0"
         )
     return windows if len(windows) else np.zeros((1, *windows.shape[1:]))
+
+
+def _checked_cost(cost: ArrayLike | None, shape: tuple[int, int]) -> NDArray[np.float64] | None:
+    """`cost` as float64 [layers, logical], NaN where there is none."""
+    if cost is None:
+        return None
+    array = np.asarray(cost, dtype=np.float64)
+    if array.shape != shape:
+        raise ValueError(f"compute_cost has shape {array.shape}, expected [layers, logical], {shape}")
+    wrong = np.argwhere(np.isinf(array) | (array < 0))
+    if len(wrong):
+        layer, expert = wrong[0]
+        raise ValueError(
+            f"compute cost of layer {layer}, expert {expert} is {array[layer, expert]}, "
+            "expected a time of at least 0, or NaN where there is none"
+        )
+    return array
 
 
 def _check_current(current: ExpertMap, num_layers: int, num_experts: int, topology: Topology) -> None:
