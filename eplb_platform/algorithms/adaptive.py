@@ -188,8 +188,9 @@ class Adaptive(Algorithm):
 
     def in_threads(self, work: Callable[[Ids], None], layers: Ids, slots: int) -> None:
         """Do `work` on parts of `layers`; it runs without the interpreter lock and writes layers apart."""
-        cores = self.num_threads or len(os.sched_getaffinity(0))
-        threads = min(cores, len(layers), max(1, len(layers) * slots // _SLOTS_PER_THREAD))
+        threads = min(
+            self.num_threads or _cores(), len(layers), max(1, len(layers) * slots // _SLOTS_PER_THREAD)
+        )
         if threads <= 1:
             work(layers)
             return
@@ -339,6 +340,11 @@ class FlashLB(Adaptive):
             rank_speed=rank_speed,
             num_threads=num_threads,
         )
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _number(name: str, value: float, least: float) -> float:
