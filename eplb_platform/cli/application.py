@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -78,6 +78,67 @@ def validate(
         for line in outcome.lines():
             typer.echo(line, err=not outcome.valid)
     return 0 if outcome.valid else BAD_INPUT
+
+
+@application.command()
+def plan(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Load traces (.safetensors).")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="MAP", help="Where the map goes (.json).")
+    ],
+    ep_size: Annotated[
+        int | None, typer.Option(min=1, help="The number of ranks.", show_default="that of --current")
+    ] = None,
+    num_slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Physical experts of all ranks.", show_default="those of --current"),
+    ] = None,
+    num_nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks stand on.")] = 1,
+    num_expert_groups: Annotated[int, typer.Option(min=1, help="Expert groups of the model's router.")] = 1,
+    algorithm: Annotated[
+        str | None, typer.Option(help="The algorithm that plans.", show_default="the library's default")
+    ] = None,
+    current: Annotated[
+        Path | None, typer.Option(metavar="MAP", help="The map in use: plan few moves away from it.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the algorithm; repeatable.")
+    ] = None,
+    phase: Annotated[
+        Literal["all", "prefill", "decode"], typer.Option(help="The steps that count; mixed ones always do.")
+    ] = "all",
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows that the steps are summed into, in order.")
+    ] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Plan an expert map from load traces.
+
+    Prints the balancedness of each layer before and after, the most that any map could have, and the experts
+    that a rank must newly receive; without --current, against the layout that engines start with.
+    """
+    from eplb_platform.cli.planning import Request, make_plan
+
+    outcome = make_plan(
+        Request(
+            traces=traces,
+            output=output,
+            ep_size=ep_size,
+            num_slots=num_slots,
+            num_nodes=num_nodes,
+            num_expert_groups=num_expert_groups,
+            algorithm=algorithm,
+            current=current,
+            options=option or (),
+            phase=phase,
+            num_windows=windows,
+        )
+    )
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        for line in outcome.lines():
+            typer.echo(line)
 
 
 @application.command()

@@ -1,0 +1,211 @@
+"""`eplb plan`: an expert map from load traces, with what it promises layer by layer."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.algorithms import DEFAULT_ALGORITHM, AlgorithmError, Plan, rebalance_experts
+from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
+from eplb_platform.balance import window_balancedness
+from eplb_platform.cli import BadInput
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.heat import Phase
+from eplb_platform.records import load_trace
+from eplb_platform.records.load_trace import LoadTrace
+from eplb_platform.topology import Topology
+
+# Steps that are summed at once: bounds the memory that a long trace takes.
+_STEPS_AT_ONCE = 64
+_WORDS: dict[str, OptionValue] = {"true": True, "false": False, "none": None, "null": None}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for; see the options of `eplb plan`."""
+
+    traces: Sequence[Path]
+    output: Path
+    ep_size: int | None = None
+    num_slots: int | None = None
+    num_nodes: int = 1
+    num_expert_groups: int = 1
+    algorithm: str | None = None
+    current: Path | None = None
+    options: Sequence[str] = ()
+    phase: str = "all"
+    num_windows: int = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A plan, the balancedness before it, [layers], and how long planning took."""
+
+    plan: Plan
+    before: NDArray[np.float64]
+    seconds: float
+    output: Path
+
+    def lines(self) -> list[str]:
+        """The summary, for people."""
+        held = self.plan.expert_map
+        table = [_row(str(layer), *columns) for layer, columns in enumerate(self._columns())]
+        overall = self._overall()
+        return [
+            f"{'layer':>7} {'before':>7} {'after':>7} {'bound':>7} {'moved':>7}",
+            *table,
+            _row("mean", *overall["mean"]),
+            _row("worst", *overall["worst"]),
+            "balancedness (mean / max rank load, 1 is perfect) on this load; no map has more than the bound",
+            f"{self.plan.algorithm}: {held.num_layers} layers of {held.num_logical_experts} experts in "
+            f"{held.num_physical_experts} slots of {held.topology.num_ranks} ranks: "
+            f"{int(self.plan.moved_experts.sum())} experts moved, planned in {self.seconds * 1e3:.3g} ms",
+            f"map: {self.output}",
+        ]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        names = ("before", "after", "bound", "moved_experts")
+        return {
+            "algorithm": self.plan.algorithm,
+            "output": str(self.output),
+            "seconds": self.seconds,
+            "moved_experts": int(self.plan.moved_experts.sum()),
+            "layers": [dict(zip(names, columns, strict=True)) for columns in self._columns()],
+        } | {name: dict(zip(names, row, strict=True)) for name, row in self._overall().items()}
+
+    def _columns(self) -> Iterator[tuple[float, float, float, int]]:
+        """Of each layer: balancedness before and after, its bound, moved experts."""
+        return zip(
+            self.before.tolist(),
+            self.plan.balancedness.tolist(),
+            (1 / self.plan.lower_bound).tolist(),
+            self.plan.moved_experts.tolist(),
+            strict=True,
+        )
+
+    def _overall(self) -> dict[str, tuple[float, float, float, float]]:
+        by_layer = np.array(list(self._columns()))
+        mean, least, most = by_layer.mean(axis=0), by_layer.min(axis=0), by_layer.max(axis=0)
+        return {
+            "mean": (float(mean[0]), float(mean[1]), float(mean[2]), float(mean[3])),
+            "worst": (float(least[0]), float(least[1]), float(least[2]), float(most[3])),
+        }
+
+
+def make_plan(request: Request) -> Outcome:
+    """Plan and write the map. Raises BadInput for what cannot be read, planned or written."""
+    try:
+        load = _windows(request)
+        current, topology = _current(request, load.shape[2])
+        options = _options(request.options)
+        algorithm = request.algorithm or DEFAULT_ALGORITHM
+        # Apart from the plan, whose time is told: compiling takes longer, but once.
+        make_algorithm(algorithm, options).warm_up()
+        started = time.perf_counter()
+        plan = rebalance_experts(
+            load,
+            num_physical_experts=request.num_slots,
+            topology=topology,
+            num_expert_groups=request.num_expert_groups,
+            current=current,
+            algorithm=algorithm,
+            compute_cost=None,
+            **options,
+        )
+        seconds = time.perf_counter() - started
+        plan.expert_map.save(request.output)
+    except (ValueError, AlgorithmError) as error:
+        raise BadInput(f"plan: {error}") from error
+    return Outcome(plan, window_balancedness(current or _initial(plan), load), seconds, request.output)
+
+
+def _initial(plan: Plan) -> ExpertMap:
+    """The layout that engines start with, in the shape of the plan."""
+    held = plan.expert_map
+    return ExpertMap.initial(
+        held.num_layers, held.num_logical_experts, held.topology, held.num_redundant_experts
+    )
+
+
+def _current(request: Request, num_experts: int) -> tuple[ExpertMap | None, Topology]:
+    """The map in use, if there is one, and the ranks and nodes to plan for."""
+    ranks = request.ep_size
+    if request.current is None:
+        if ranks is None or request.num_slots is None:
+            raise BadInput("plan: give --ep-size and --num-slots, or the map in use with --current")
+        return None, Topology(ranks, request.num_nodes)
+    if ranks is None:
+        ranks = ExpertMap.load(request.current, num_logical_experts=num_experts).topology.num_ranks
+    topology = Topology(ranks, request.num_nodes)
+    return ExpertMap.load(request.current, num_logical_experts=num_experts, topology=topology), topology
+
+
+def _windows(request: Request) -> NDArray[np.float64]:
+    """[windows, layers, logical], tokens: the steps of all traces in order, each trace by itself."""
+    traces = [(path, load_trace.read(path)) for path in request.traces]
+    chosen = [_steps(trace, request.phase) for _, trace in traces]
+    first_path, first = traces[0]
+    for (path, trace), steps in zip(traces, chosen, strict=True):
+        if trace.expert_load.shape[1:] != first.expert_load.shape[1:]:
+            raise BadInput(
+                f"plan: {path} has [layers, experts] {list(trace.expert_load.shape[1:])}, "
+                f"{first_path} {list(first.expert_load.shape[1:])}: one model's traces are expected"
+            )
+        if not steps.size:
+            raise BadInput(f"plan: {path} has no steps of phase {request.phase!r}")
+    total = sum(steps.size for steps in chosen)
+    windows: list[NDArray[np.float64]] = []
+    for (_, trace), steps in zip(traces, chosen, strict=True):
+        pieces = min(steps.size, max(1, round(request.num_windows * steps.size / total)))
+        windows += [_sum(trace, piece) for piece in np.array_split(steps, pieces)]
+    return np.stack(windows)
+
+
+def _steps(trace: LoadTrace, phase: str) -> NDArray[np.intp]:
+    """The steps that count; mixed ones hold tokens of both phases and always do."""
+    if phase == "all":
+        return np.arange(trace.num_steps)
+    return np.flatnonzero((trace.phase == Phase[phase.upper()]) | (trace.phase == Phase.MIXED))
+
+
+def _sum(trace: LoadTrace, steps: NDArray[np.intp]) -> NDArray[np.float64]:
+    total = np.zeros(trace.expert_load.shape[1:])
+    for start in range(0, steps.size, _STEPS_AT_ONCE):
+        total += trace.expert_load[steps[start : start + _STEPS_AT_ONCE]].sum(axis=0, dtype=np.float64)
+    return total
+
+
+def _options(given: Sequence[str]) -> dict[str, OptionValue]:
+    """The algorithm's options from `key=value`; true, false, none and numbers are read as such."""
+    named = inspect.signature(rebalance_experts).parameters
+    options: dict[str, OptionValue] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise BadInput(f"plan: --option {text}: expected key=value")
+        if key in named:
+            raise BadInput(f"plan: --option {text}: {key!r} is no option of an algorithm")
+        options[key] = _value(value)
+    return options
+
+
+def _value(text: str) -> OptionValue:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _row(name: str, before: float, after: float, bound: float, moved: float) -> str:
+    return f"{name:>7} {before:7.4f} {after:7.4f} {bound:7.4f} {moved:7.4g}"
