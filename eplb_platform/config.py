@@ -134,7 +134,7 @@ class EplbConfig(BaseModel):
         default=0, description="Physical experts beyond one for each logical expert, summed over all ranks."
     )
     eplb_policy_type: _PolicyType = Field(
-        default="deepseek",
+        default="adaptive",
         description="The algorithm that plans: a name, or a number: "
         + ", ".join(f"{number} {name}" for number, name in enumerate(_ALGORITHM_OF_NUMBER))
         + ".",

@@ -14,7 +14,7 @@ from eplb_platform.balance import lower_bound, moved_experts, window_balancednes
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.topology import Topology
 
-DEFAULT_ALGORITHM = "deepseek"
+DEFAULT_ALGORITHM = "adaptive"
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ def test_every_documented_key_and_its_default() -> None:
         "expert_heat_collection_interval": 600,
         "algorithm_execution_interval": 50,
         "num_redundant_experts": 0,
-        "eplb_policy_type": "deepseek",
+        "eplb_policy_type": "adaptive",
         "load_collection_phase": "all",
         "load_windows": 16,
         "layer_updates_per_step": 1,
