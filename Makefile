@@ -30,6 +30,7 @@ $(DEPENDENCIES): ci/requirements.txt | $(BIN)/python
 
 $(PROJECT): pyproject.toml $(DEPENDENCIES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@rm -rf *.egg-info  # seen before the installed one from here, and never refreshed
 	@touch $@
 
 demo: $(PROJECT)

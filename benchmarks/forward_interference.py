@@ -23,10 +23,10 @@ from time import perf_counter
 import numpy as np
 import torch
 import torch.distributed as dist
-from eplb_backends.cpu import CpuBackend
 from numpy.typing import NDArray
 from torch.distributed import Store
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform import EplbConfig, ExpertMap, Topology, rebalance_experts
 from eplb_platform.demo.settings import CHECKPOINT
 from eplb_platform.heat import Phase

@@ -21,9 +21,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from eplb_backends.cpu import CpuBackend
 from torch.distributed import P2POp, Store
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform.algorithms import rebalance_experts
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Schedule, build_schedule

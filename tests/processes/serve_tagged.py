@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
-from eplb_backends.cpu import CpuBackend
 from numpy.typing import NDArray
 from torch.distributed import Store
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform import EplbConfig, ExpertMap
 from eplb_platform.balance import balancedness
 from eplb_platform.migration.schedule import Chunk

@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from eplb_backends.cpu import CpuBackend
 from numpy.typing import NDArray
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform.backend import Backend, GroupError, Message
 from eplb_platform.testing.checks import CHECKS
 from eplb_platform.testing.contract import run_check

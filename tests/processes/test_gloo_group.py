@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from eplb_backends.cpu import CpuBackend
 from torch.distributed import Store
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform.backend import GroupError, Message
 from eplb_platform.testing.processes import RankPool
 

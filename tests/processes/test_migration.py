@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from eplb_backends.cpu import CpuBackend
 from torch.distributed import Store
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform.backend import Message
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk, Schedule, build_schedule

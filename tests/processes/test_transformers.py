@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from eplb_backends.cpu import CpuBackend
 from numpy.typing import NDArray
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.testing.processes import RankPool
 from eplb_platform.topology import Topology

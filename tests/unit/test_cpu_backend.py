@@ -12,11 +12,11 @@ from textwrap import dedent
 import numpy as np
 import pytest
 import torch
-from eplb_backends.cpu import CpuBackend, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
+from eplb_backends.cpu import CpuBackend, kernels
 from eplb_platform.backend import GroupError, Message
 from eplb_platform.testing.faults import with_fault
 

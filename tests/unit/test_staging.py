@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eplb_backends.cpu import CpuBackend
 
+from eplb_backends.cpu import CpuBackend
 from eplb_platform.migration.staging import Staging, StagingError
 
 NUM_LAYERS, SLOTS = 3, 4

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+
 from eplb_backends.cpu import CpuBackend
 from eplb_backends.cpu.streams import SerialStreams
-
 from eplb_platform.backend import Message, StreamOperations
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import build_schedule
