@@ -17,6 +17,23 @@ class PlannerTimeout(RuntimeError):
     """The algorithm did not answer in time; it is left behind in its thread and its answer is not used."""
 
 
+class LoadHistory:
+    """The windows of all cycles so far, at most `capacity`: when full, neighbours are added together."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._windows: NDArray[np.int64] | None = None
+
+    def add(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Append [windows, layers, logical] and return what is kept: the same, oldest first."""
+        kept = windows if self._windows is None else np.concatenate([self._windows, windows])
+        while len(kept) > self._capacity:
+            odd = kept[len(kept) - len(kept) % 2 :]
+            kept = np.concatenate([kept[:-1:2] + kept[1::2], odd])
+        self._windows = kept
+        return kept
+
+
 @dataclass(frozen=True)
 class AlgorithmPlanner:
     """Plans with one algorithm, in a thread of its own that is given up when it takes longer than
@@ -31,6 +48,9 @@ class AlgorithmPlanner:
     timeout_s: float
     min_balancedness: float = 1.0
     max_moved_experts_per_layer: int | None = None
+    history: LoadHistory | None = None
+    """Given where the map is only recorded, to be deployed later: the plan is made from nothing, on the load
+    of all cycles, since a fresh start moves nothing and serves all of it."""
 
     def warm_up(self) -> None:
         """Compile what the algorithm compiles, so that the first plan does not wait for it."""
@@ -60,12 +80,14 @@ class AlgorithmPlanner:
 
     def choose(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
         """The map to move to, without a limit on time; arguments as of `plan`."""
+        if self.history is not None:
+            load = self.history.add(load)
         plan = rebalance_experts(
             load,
             num_physical_experts=current.num_physical_experts,
             topology=current.topology,
             num_expert_groups=self.num_expert_groups,
-            current=current,
+            current=None if self.history is not None else current,
             algorithm=self.algorithm,
         )
         layers = self._worth_moving(plan, window_balancedness(current, load))
@@ -73,6 +95,6 @@ class AlgorithmPlanner:
 
     def _worth_moving(self, plan: Plan, balancedness: NDArray[np.float64]) -> NDArray[np.intp]:
         gains = (plan.balancedness > balancedness) & (balancedness < self.min_balancedness)
-        if self.max_moved_experts_per_layer is not None:
+        if self.max_moved_experts_per_layer is not None and self.history is None:
             gains &= plan.moved_experts <= self.max_moved_experts_per_layer
         return np.flatnonzero(gains)

@@ -16,7 +16,7 @@ from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.balancer import Balancer, LockedHeat
 from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
 from eplb_platform.runtime.gate import CommitGate
-from eplb_platform.runtime.planning import AlgorithmPlanner
+from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
 from eplb_platform.runtime.ports import Planner
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import MapRecorder
@@ -138,6 +138,7 @@ def _planner(config: EplbConfig, num_expert_groups: int) -> AlgorithmPlanner:
         timeout_s=config.transfer_timeout_s,
         min_balancedness=config.min_balancedness,
         max_moved_experts_per_layer=config.max_moved_experts_per_layer,
+        history=None if config.moves_experts else LoadHistory(),
     )
 
 
