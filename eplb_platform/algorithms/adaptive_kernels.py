@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_platform.algorithms.jit import kernel
+from eplb_platform.jit import kernel
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]

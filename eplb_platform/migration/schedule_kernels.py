@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_platform.algorithms.jit import kernel
+from eplb_platform.jit import kernel
 
 Ids = NDArray[np.int32]
 

@@ -1,4 +1,4 @@
-"""The one decorator that every compiled kernel of the planning side wears.
+"""The one decorator that every compiled kernel wears.
 
 Import it only from modules that hold kernels: importing numba takes a third of a second.
 """
