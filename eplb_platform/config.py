@@ -120,8 +120,8 @@ class EplbConfig(BaseModel):
     )
     expert_map_record_path: _MapPath = Field(
         default=None,
-        description="Where to write the expert map at the end of every cycle: with dynamic_eplb the one in "
-        "use, without it one planned for a fresh start on the load of all cycles so far, and no expert moves.",
+        description="Where to write the expert map at the end of every cycle: with dynamic_eplb the one "
+        "in use, without it one planned for a fresh start on the load of all cycles, and no expert moves.",
     )
     expert_heat_collection_interval: _Positive = Field(
         default=600, description="Steps over which the expert load is collected before each plan."
