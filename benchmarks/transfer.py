@@ -70,8 +70,10 @@ def two_maps(settings: Settings) -> tuple[ExpertMap, ExpertMap]:
     slots = settings.ranks * settings.slots
     loads = rng.lognormal(size=(2, settings.layers, slots - settings.redundant))
     topology = Topology(settings.ranks)
-    old = rebalance_experts(loads[0], num_physical_experts=slots, topology=topology).expert_map
-    return old, rebalance_experts(loads[1], topology=topology, current=old).expert_map
+    old = rebalance_experts(
+        loads[0], num_physical_experts=slots, topology=topology, algorithm="deepseek"
+    ).expert_map
+    return old, rebalance_experts(loads[1], topology=topology, current=old, algorithm="deepseek").expert_map
 
 
 def fill(weights: list[list[torch.Tensor]], expert_map: ExpertMap, rank: int) -> None:
