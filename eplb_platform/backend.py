@@ -132,7 +132,10 @@ class Backend(ABC):
 
     @abstractmethod
     def connect(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
-        """Create the group; every rank calls it once at start. No operation outlives `timeout_s` seconds."""
+        """Create the group; every rank calls it once at start. No operation outlives `timeout_s` seconds.
+
+        The backend makes a client of `store` for itself: other threads go on using the one it was given.
+        """
 
     @abstractmethod
     def warm_up(self) -> None:

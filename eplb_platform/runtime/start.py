@@ -47,7 +47,7 @@ def start_balancer(
 ) -> Balancer:
     """Start balancing `model` on this rank; every rank of the group calls it, and it returns when all have.
 
-    store: shared by all ranks; the balancer takes clients of its own.
+    store: shared by all ranks; the balancer and its backend take clients of their own.
     name: keeps the keys of several models in one store apart.
     planner: plans in place of the configured algorithm.
     on_stage: called in the background thread whenever a cycle enters a stage.
@@ -58,9 +58,8 @@ def start_balancer(
 
     _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
-    for_group, for_cycle = (PrefixStore(name, _client_of(store)) for _ in range(2))
     num_ranks = model.expert_map.topology.num_ranks
-    backend.connect(for_group, rank, num_ranks, config.transfer_timeout_s)
+    backend.connect(PrefixStore(name, store), rank, num_ranks, config.transfer_timeout_s)
     backend.warm_up()
     migrator, rules = _migrator_and_rules(config, model, backend, rank)
     if planner is None:
@@ -71,7 +70,7 @@ def start_balancer(
     link = RankLink(
         rank,
         num_ranks,
-        plane=StoreControlPlane(for_cycle),
+        plane=StoreControlPlane(PrefixStore(name, _client_of(store))),
         group=BackendGroup(backend, migrator),
         clock=ThreadClock(gate.changed),
         gate=gate,
