@@ -11,6 +11,8 @@ from typing import TypeAlias
 from eplb_platform.algorithms.algorithm import Algorithm, AlgorithmError
 
 NAMESPACE = "eplb_platform.algorithms"
+# Other engines' planners behind the same interface: for measuring beside ours, not for serving.
+PEERS_NAMESPACE = "eplb_platform.peers"
 
 OptionValue: TypeAlias = bool | int | float | str | None
 
@@ -22,6 +24,11 @@ def discover_algorithms() -> dict[str, type[Algorithm]]:
     """
     found, _ = _load_entry_points(_installed_names())
     return dict(sorted(found.items()))
+
+
+def discover_peers() -> tuple[dict[str, type[Algorithm]], dict[str, BaseException]]:
+    """The planners of other engines by name, and why those that cannot be loaded cannot."""
+    return _load_entry_points(_installed_names(PEERS_NAMESPACE), PEERS_NAMESPACE)
 
 
 @cache
@@ -53,21 +60,23 @@ def make_algorithm(name: str, options: Mapping[str, OptionValue]) -> Algorithm:
     return algorithm(**options)
 
 
-def _installed_names() -> tuple[str, ...]:
+def _installed_names(namespace: str = NAMESPACE) -> tuple[str, ...]:
     from stevedore import NamedExtensionManager  # 50 ms: only where a name must be resolved
 
     # Naming none, so that none is loaded.
-    manager: NamedExtensionManager[object] = NamedExtensionManager(NAMESPACE, [])
+    manager: NamedExtensionManager[object] = NamedExtensionManager(namespace, [])
     return tuple(sorted({entry_point.name for entry_point in manager.list_entry_points()}))
 
 
-def _load_entry_points(names: tuple[str, ...]) -> tuple[dict[str, type[Algorithm]], dict[str, BaseException]]:
+def _load_entry_points(
+    names: tuple[str, ...], namespace: str = NAMESPACE
+) -> tuple[dict[str, type[Algorithm]], dict[str, BaseException]]:
     """The classes of the named entry points, and what went wrong with those that did not load."""
     from stevedore import NamedExtensionManager
 
     failures: dict[str, BaseException] = {}
     manager: NamedExtensionManager[object] = NamedExtensionManager(
-        NAMESPACE,
+        namespace,
         list(names),
         on_load_failure_callback=lambda _, entry_point, error: failures.update({entry_point.name: error}),
     )

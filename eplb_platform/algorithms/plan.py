@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eplb_platform.algorithms.algorithm import AlgorithmError
+from eplb_platform.algorithms.algorithm import Algorithm, AlgorithmError
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
 from eplb_platform.algorithms.slots import keep_slots
 from eplb_platform.balance import lower_bound, moved_experts, window_balancedness
@@ -68,17 +68,42 @@ def rebalance_experts(
     _check_groups(num_expert_groups, num_experts)
     engine = make_algorithm(algorithm, options)
     windows = engine.weigh(windows, _checked_cost(compute_cost, (num_layers, num_experts)))
-    placed = engine.place(
+    expert_map = place_experts(
+        engine,
         windows,
         num_physical_experts=slots,
         topology=topology,
         num_expert_groups=num_expert_groups,
         current=current,
     )
-    expert_map = _checked_map(algorithm, placed, (num_layers, slots), num_experts, topology)
-    if current is not None:
-        expert_map = ExpertMap(keep_slots(expert_map.physical_to_logical, current), num_experts, topology)
     return _measured(algorithm, expert_map, windows, current)
+
+
+def place_experts(
+    algorithm: Algorithm,
+    load: NDArray[np.float64],
+    *,
+    num_physical_experts: int,
+    topology: Topology,
+    num_expert_groups: int,
+    current: ExpertMap | None,
+) -> ExpertMap:
+    """The map of `algorithm` for load that was checked and weighed, with the slots of experts that stay kept.
+
+    Arguments as of `Algorithm.place`. Raises AlgorithmError where the algorithm fails its contract.
+    """
+    placed = algorithm.place(
+        load,
+        num_physical_experts=num_physical_experts,
+        topology=topology,
+        num_expert_groups=num_expert_groups,
+        current=current,
+    )
+    shape, num_experts = (load.shape[1], num_physical_experts), load.shape[2]
+    expert_map = _checked_map(algorithm.name, placed, shape, num_experts, topology)
+    if current is None:
+        return expert_map
+    return ExpertMap(keep_slots(expert_map.physical_to_logical, current), num_experts, topology)
 
 
 def _measured(

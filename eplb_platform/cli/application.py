@@ -142,6 +142,84 @@ def plan(
 
 
 @application.command()
+def bench(
+    traces: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[TRACE]...", help="Load traces (.safetensors), one after the other."),
+    ] = None,
+    load: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Seeded loads: zipf, lognormal, grouped, drifting, switching.",
+            show_default="all, but with traces none",
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EXPERTSxSLOTSxRANKS[xNODES[xGROUPS]]",
+            help="What is planned for; repeatable.",
+            show_default="five from 64x64x8 to 256x288x32x4x8",
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Algorithms.", show_default="all that plan by tokens"),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the seeded loads.")] = 4,
+    collections: Annotated[int, typer.Option(min=1, help="Balancing cycles of the seeded loads.")] = 6,
+    forwards: Annotated[int, typer.Option(min=1, help="Forward passes that a plan is made from.")] = 40,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows that these forward passes are summed into, at most.")
+    ] = 40,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a forward pass, each for 8 experts, of the sampled loads.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the loads.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure planning algorithms beside other engines' planners.
+
+    Each plans on one collection of load after the other and is judged on the next one, which it has not seen.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from eplb_platform.cli.benching import Request
+    from eplb_platform.cli.benching import bench as measure
+
+    request = Request(
+        traces=traces or (),
+        loads=_names(load),
+        shapes=shape or (),
+        algorithms=_names(algorithm),
+        num_layers=layers,
+        num_collections=collections,
+        num_forwards=forwards,
+        num_windows=windows,
+        tokens_per_forward=tokens,
+        seed=seed,
+    )
+    shown = Console(stderr=True)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        outcome = measure(
+            request,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dicts()))
+    else:
+        outcome.print(Console())
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+@application.command()
 def demo(
     ranks: Annotated[int, typer.Option(help="Processes that serve the model together.")] = 4,
     redundant_experts: Annotated[

@@ -1,0 +1,1 @@
+"""What runs without a device: loads made and recorded, plans measured on them."""
