@@ -1,0 +1,214 @@
+"""The balancers of one vLLM engine on one rank: one for each model that has experts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from eplb_platform.backend import load_backend
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.heat import Phase
+from eplb_platform.integrations.vllm import configuration
+from eplb_platform.integrations.vllm.expert_parallel_group import ExpertParallelGroup, gather
+from eplb_platform.integrations.vllm.served_model import VllmModel
+from eplb_platform.runtime.start import start_balancer
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.eplb.eplb_state import EplbModelState
+
+    from eplb_platform.config import EplbConfig
+    from eplb_platform.runtime.balancer import Balancer
+
+logger = logging.getLogger(__name__)
+
+STORE_TIMEOUT = timedelta(seconds=60)
+
+
+class WeightUpdateRefused(RuntimeError):
+    """New weights cannot be loaded while experts are out of the checkpoint loader's places."""
+
+
+class EngineBalancing:
+    """What vLLM's `EplbState` drives in the place of its own state machine."""
+
+    def __init__(self, vllm_config: VllmConfig, config: EplbConfig, device: torch.device) -> None:
+        self.config = config
+        self.phase = Phase.MIXED
+        """Of the pass that is running; the worker says it before the pass."""
+        self.steps = 0
+        self._vllm_config = vllm_config
+        self._device = device
+        self._group: ExpertParallelGroup | None = None
+        self._models: dict[str, VllmModel] = {}
+        self._balancers: dict[str, Balancer] = {}
+        self._main = ""
+
+    # --- start ---
+
+    def add_model(self, state: EplbModelState, *, is_main: bool) -> None:
+        """Start balancing a model whose weights have been loaded; every rank of the engine calls it.
+
+        Moves the experts to the static map's places first, if there is one. Raises ValueError for a map that
+        does not fit the model.
+        """
+        group = self._join()
+        model = VllmModel(state, group.topology, num_experts_per_token=self._experts_per_token())
+        name = f"model-{len(self._models)}"
+        config = self.config if is_main else _of_draft(self.config)
+        gather(name, _ep_cpu_group(), group.topology.num_ranks)  # ranks load weights at their own pace
+        self._balancers[name] = start_balancer(
+            config,
+            model,
+            load_backend(config.backend, device_type=self._device.type),
+            group.store,
+            group.rank,
+            num_expert_groups=model.num_expert_groups,
+            name=f"stage-{group.stage}/{name}",
+            deploy=self._map_to_deploy(model) if is_main else None,
+        )
+        self._models[name] = model
+        if is_main:
+            self._main = name
+        if group.rank == 0:
+            logger.info(
+                "%s: %d MoE layers, %d experts in %d places on %d ranks: %s, algorithm %s",
+                model.name, model.expert_map.num_layers, model.expert_map.num_logical_experts,
+                model.expert_map.num_physical_experts, group.topology.num_ranks,
+                config.mode, config.algorithm,
+            )  # fmt: skip
+
+    def _join(self) -> ExpertParallelGroup:
+        if self._group is None:
+            self._group = ExpertParallelGroup.join(self._vllm_config, STORE_TIMEOUT)
+        return self._group
+
+    def _map_to_deploy(self, model: VllmModel) -> ExpertMap | None:
+        """This stage's layers of the static map, on this engine's nodes."""
+        if self.config.expert_map_path is None or self._group is None:
+            return None
+        first, total = _stage_layers(model.expert_map.num_layers)
+        whole = ExpertMap.load(self.config.expert_map_path)
+        part = configuration.part_of_map(
+            whole, first_layer=first, num_layers=model.expert_map.num_layers, total_layers=total
+        )
+        configuration.check_fits(part, model.expert_map, self.config.expert_map_path)
+        return ExpertMap(part.physical_to_logical, part.num_logical_experts, self._group.topology)
+
+    def _experts_per_token(self) -> int | None:
+        text_config = self._vllm_config.model_config.hf_text_config
+        for field in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"):
+            value = getattr(text_config, field, None)
+            if isinstance(value, int):
+                return value
+        return None
+
+    # --- serving ---
+
+    def step(self, *, is_dummy: bool) -> None:
+        """A forward pass has ended on this rank."""
+        self.steps += 1
+        for name, balancer in self._balancers.items():
+            model = self._models[name]
+            counts = not is_dummy and self._group is not None and self._group.counts_tokens
+            load = model.take_load() if counts else None
+            if load is None:
+                model.forget_load()
+            balancer.step(load, phase=self.phase, is_dummy=is_dummy)
+
+    def forget_load(self) -> None:
+        """A profile pass has ended: nothing of it counts."""
+        for model in self._models.values():
+            model.forget_load()
+
+    # --- control ---
+
+    def pause(self) -> None:
+        for balancer in self._balancers.values():
+            balancer.pause()
+
+    def resume(self) -> None:
+        for balancer in self._balancers.values():
+            balancer.resume()
+
+    def rebalance_now(self) -> None:
+        for balancer in self._balancers.values():
+            balancer.rebalance_now()
+
+    def drain(self) -> None:
+        """Wait until no cycle runs on this rank; call `pause` first, on every rank."""
+        for balancer in self._balancers.values():
+            balancer.drain()
+
+    def return_to_initial_layout(self, what: str) -> None:
+        """The engine is about to load all its weights anew, in the only layout that its loader knows.
+
+        Every rank calls it between the same two passes. Raises `WeightUpdateRefused` where that would leave
+        a static map's promise, and what `Balancer.invalidate` raises when the ranks cannot agree.
+        """
+        if self.config.expert_map_path is not None and not self.config.dynamic_eplb:
+            raise WeightUpdateRefused(
+                f"{what} would undo the static expert map {self.config.expert_map_path}: "
+                "start the engine anew with the new weights"
+            )
+        for name, balancer in self._balancers.items():
+            balancer.invalidate(self._models[name].initial_map)
+
+    def refuse_unless_initial(self, what: str) -> None:
+        """Raises `WeightUpdateRefused` when an expert lies where the checkpoint loader does not look."""
+        for model in self._models.values():
+            if model.expert_map != model.initial_map:
+                raise WeightUpdateRefused(
+                    f"{what} writes experts into the places of the initial layout, but they have been "
+                    "rearranged: reload all weights (reload_weights) first, which goes back to it"
+                )
+
+    def close(self) -> None:
+        for balancer in self._balancers.values():
+            balancer.close()
+
+    # --- what can be seen ---
+
+    def snapshot(self) -> Mapping[str, object]:
+        """This rank's state as plain data for JSON; the top level speaks of the main model."""
+        models = {self._models[name].name: balancer.snapshot() for name, balancer in self._balancers.items()}
+        main = self._balancers[self._main].snapshot() if self._main else {}
+        return {
+            "rank": self._group.rank if self._group else None,
+            "ep_size": self._group.topology.num_ranks if self._group else None,
+            "stage": self._group.stage if self._group else None,
+            "updated": time.time(),
+            "state": main.get("state", "idle"),
+            "cycles": main.get("cycles", 0),
+            "moved_experts": main.get("moved_experts", 0),
+            "physical_to_logical": {name: shot["physical_to_logical"] for name, shot in models.items()},
+            "models": models,
+        }
+
+
+def _of_draft(config: EplbConfig) -> EplbConfig:
+    """A draft model is balanced by the same keys; files speak of the main model."""
+    return config.model_copy(
+        update={"expert_map_path": None, "expert_map_record_path": None, "trace_record_path": None}
+    )
+
+
+def _ep_cpu_group() -> object:
+    from vllm.distributed.parallel_state import get_ep_group
+
+    return get_ep_group().cpu_group
+
+
+def _stage_layers(num_layers: int) -> tuple[int, int]:
+    """The first MoE layer of this pipeline stage, and how many all stages have."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    stages = get_pp_group()
+    if stages.world_size == 1:
+        return 0, num_layers
+    layers = gather(num_layers, stages.cpu_group, stages.world_size)
+    return sum(layers[: stages.rank_in_group]), sum(layers)

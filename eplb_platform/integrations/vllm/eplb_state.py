@@ -1,0 +1,140 @@
+"""vLLM's `EplbState` as a shell: its tables, which the routers read, stay; its state machine does not run.
+
+Only methods are replaced, since both model runners have imported the class by name, and only for states
+of an engine that asked for `eplb_config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from eplb_platform.integrations.vllm import configuration
+from eplb_platform.integrations.vllm.balancing import EngineBalancing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+REPLACED = (
+    "__init__",
+    "add_model",
+    "step",
+    "rearrange",
+    "start_async_loop",
+    "drain_async",
+    "update_mapping",
+)
+
+_is_taken_over = False
+
+
+def take_over() -> None:
+    """Replace the methods of this process's `EplbState`. Idempotent."""
+    global _is_taken_over
+    if _is_taken_over:
+        return
+    _is_taken_over = True
+    from vllm.distributed.eplb.eplb_state import EplbState
+
+    for name in REPLACED:
+        original = getattr(EplbState, name)
+        setattr(EplbState, name, _replacement(name, original))
+
+
+def balancing_of(state: object) -> EngineBalancing | None:
+    """What drives an `EplbState`, if it is ours."""
+    return getattr(state, "_eplb_platform", None)
+
+
+def _replacement(name: str, original: Any) -> Any:
+    ours = globals()[f"_{name.strip('_')}"]
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(original, self, *args, **kwargs)
+
+    return method
+
+
+def _init(original: Any, state: Any, parallel_config: Any, device: Any) -> None:
+    from vllm.config import get_current_vllm_config_or_none
+
+    original(state, parallel_config, device)
+    vllm_config = get_current_vllm_config_or_none()
+    config = None if vllm_config is None else configuration.of_worker(vllm_config)
+    if config is not None:
+        state._eplb_platform = EngineBalancing(vllm_config, config, device)
+        state._eplb_vllm_config = vllm_config
+
+
+def _add_model(original: Any, state: Any, model: Any, model_config: Any, model_name: Any = None) -> None:
+    balancing = balancing_of(state)
+    if balancing is None:
+        original(state, model, model_config, model_name)
+        return
+    with _without_communicator():
+        original(state, model, model_config, model_name)
+    model_state = state.model_states[model_config.compute_hash()]
+    model_state.expert_buffer = []  # our staging is what the backend allocates
+    state.is_async = False
+    balancing.add_model(model_state, is_main=model_config is state._eplb_vllm_config.model_config)
+
+
+def _step(
+    original: Any, state: Any, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False
+) -> None:
+    balancing = balancing_of(state)
+    if balancing is None:
+        original(state, is_dummy, is_profile, log_stats)
+    elif is_profile:
+        # The staging was allocated with the model, so vLLM's profile has counted it.
+        balancing.forget_load()
+    else:
+        balancing.step(is_dummy=is_dummy)
+
+
+def _rearrange(original: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    if balancing_of(state) is None:
+        return original(state, *args, **kwargs)
+    raise RuntimeError(
+        "vLLM asked for a rearrangement of its own (elastic expert parallelism): eplb_config does not "
+        "support it"
+    )
+
+
+def _start_async_loop(original: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+    if balancing_of(state) is None:
+        original(state, *args, **kwargs)
+
+
+def _drain_async(original: Any, state: Any) -> None:
+    balancing = balancing_of(state)
+    if balancing is None:
+        original(state)
+    else:
+        balancing.drain()
+
+
+def _update_mapping(original: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+    if balancing_of(state) is not None:
+        raise RuntimeError(
+            "elastic expert parallelism sets the expert map itself: eplb_config does not support it"
+        )
+    original(state, *args, **kwargs)
+
+
+@contextmanager
+def _without_communicator() -> Iterator[None]:
+    """vLLM's own weight transfer takes memory and connections at birth, and would never be used."""
+    from vllm.distributed.eplb import eplb_state
+
+    create = eplb_state.create_eplb_communicator
+    eplb_state.create_eplb_communicator = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        eplb_state.create_eplb_communicator = create

@@ -1,0 +1,90 @@
+"""One model of a vLLM engine as the balancer sees it: expert weights, device tables, load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.topology import Topology
+
+if TYPE_CHECKING:
+    from vllm.distributed.eplb.eplb_state import EplbModelState
+
+
+class VllmModel:
+    """A `ServedModel` over the device tables that vLLM's routers read in place."""
+
+    def __init__(
+        self, state: EplbModelState, topology: Topology, *, num_experts_per_token: int | None
+    ) -> None:
+        """state: vLLM's own, as its `add_model` leaves it: the weights lie in the initial layout."""
+        self._state = state
+        self.name = state.model_name
+        self.num_experts_per_token = num_experts_per_token
+        self._expert_map = ExpertMap(
+            state.physical_to_logical_map.cpu().numpy(), state.model.num_logical_experts, topology
+        )
+        self._initial_map = self._expert_map
+        self._columns_in_use = int(self._expert_map.replica_count.max())
+
+    @property
+    def num_expert_groups(self) -> int:
+        """DeepSeek's groups for group-limited routing; 1 for models without."""
+        return max(int(self._state.model.num_expert_groups or 1), 1)
+
+    @property
+    def expert_weights(self) -> list[list[torch.Tensor]]:
+        """[layer][parameter]: [slots, ...], whatever the layer says belongs to an expert, scales included."""
+        return [
+            [parameter.detach() for parameter in parameters]
+            for parameters in self._state.model.expert_weights
+        ]
+
+    @property
+    def expert_map(self) -> ExpertMap:
+        """The placement that tokens are routed by."""
+        return self._expert_map
+
+    @property
+    def initial_map(self) -> ExpertMap:
+        """The layout that vLLM's checkpoint loader writes, the only one it knows."""
+        return self._initial_map
+
+    def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
+        """Route the tokens of `layers` by `expert_map` from the next forward pass on.
+
+        The tables are far wider than any expert has replicas: only the columns in use are written.
+        """
+        chosen = list(layers)
+        count = expert_map.replica_count[chosen]
+        width = max(self._columns_in_use, int(count.max(initial=1)))
+        table = expert_map.logical_to_physical_padded(width)[chosen]
+        self._write(self._state.physical_to_logical_map, chosen, expert_map.physical_to_logical[chosen])
+        self._write(self._state.logical_to_physical_map[:, :, :width], chosen, table)
+        self._write(self._state.logical_replica_count, chosen, count)
+        self._columns_in_use = width
+        self._expert_map = self._expert_map.replace_layers(chosen, expert_map)
+
+    def take_load(self) -> NDArray[np.int64]:
+        """Tokens that this rank sent to each physical expert since the last call: [layers, physical]."""
+        load: NDArray[np.int64] = self._state.expert_load_pass.cpu().numpy().astype(np.int64)
+        self.forget_load()
+        return load
+
+    def forget_load(self) -> None:
+        """Drop what was counted: a profile or dummy pass carries no requests."""
+        self._state.expert_load_pass.zero_()
+
+    @staticmethod
+    def _write(table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
+        """In place: captured graphs keep reading the table at its address."""
+        source = torch.from_numpy(rows.astype(np.int64)).to(table.dtype)
+        if table.device.type != "cpu":
+            source = source.pin_memory().to(table.device, non_blocking=True)
+        for index, layer in enumerate(layers):
+            table[layer].copy_(source[index])

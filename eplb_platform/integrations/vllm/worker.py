@@ -1,0 +1,185 @@
+"""What a vLLM worker gets: its own device's hooks, the calls of `collective_rpc`, and a careful end."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from eplb_platform.heat import Phase
+from eplb_platform.integrations.vllm import compatibility, cpu_platform, eplb_state, metrics
+from eplb_platform.integrations.vllm.balancing import EngineBalancing
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+
+def equip(worker: Any, vllm_config: VllmConfig) -> None:
+    """Give a worker of an engine with `eplb_config` what balancing needs; called at its birth.
+
+    Raises `UnsupportedVllm` on a vLLM that lacks what the integration wraps.
+    """
+    _log_as_vllm_does()
+    compatibility.check_vllm()
+    cpu_platform.admit_eplb()
+    cpu_platform.equip_worker()
+    eplb_state.take_over()
+    WorkerHooks(worker, vllm_config).install()
+
+
+class WorkerHooks:
+    """Wraps the methods of one worker object; the class and other engines' workers stay as they are."""
+
+    def __init__(self, worker: Any, vllm_config: VllmConfig) -> None:
+        self._worker = worker
+        self._vllm_config = vllm_config
+        self._publisher: metrics.SnapshotPublisher | None = None
+        self._is_paused = False
+        self._steps_before: int | None = None
+
+    def install(self) -> None:
+        """Add the remote calls and wrap what the engine calls."""
+        for name, call in {
+            "eplb_snapshot": self.snapshot,
+            "eplb_pause": self.pause,
+            "eplb_resume": self.resume,
+            "eplb_rebalance_now": self.rebalance_now,
+        }.items():
+            setattr(self._worker, name, call)
+        for name, wrapper in {
+            "load_model": self._load_model,
+            "execute_model": self._execute_model,
+            "sample_tokens": self._sample_tokens,
+            "sleep": self._sleep,
+            "wake_up": self._wake_up,
+            "reload_weights": self._reload_weights,
+            "start_weight_update": self._start_weight_update,
+            "shutdown": self._shutdown,
+        }.items():
+            original = getattr(self._worker, name, None)
+            if original is not None:
+                setattr(self._worker, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+    # --- remote calls ---
+
+    def snapshot(self) -> Mapping[str, object]:
+        """What balancing did on this rank, as plain data."""
+        return self._balancing().snapshot()
+
+    def pause(self) -> None:
+        """Move nothing until `eplb_resume`."""
+        self._is_paused = True
+        self._balancing().pause()
+
+    def resume(self) -> None:
+        """Go on after `eplb_pause`."""
+        self._is_paused = False
+        self._balancing().resume()
+
+    def rebalance_now(self) -> None:
+        """Start a cycle at the next forward pass."""
+        self._balancing().rebalance_now()
+
+    # --- the engine's calls ---
+
+    def _load_model(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        balancing = self._balancing()
+        folder = metrics.state_folder()
+        if folder is not None and self._publisher is None:
+            shot = balancing.snapshot()
+            name = f"stage-{shot['stage']}-rank-{shot['rank']}"
+            self._publisher = metrics.SnapshotPublisher(folder, name, balancing.snapshot)
+            self._publisher.start()
+
+    def _execute_model(
+        self, original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        balancing = self._balancing()
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            balancing.phase = phase_of(scheduler_output)
+            self._steps_before = balancing.steps
+        output = original(scheduler_output, *args, **kwargs)
+        if output is not None:
+            self._count_the_pass(balancing)
+        return output
+
+    def _sample_tokens(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        self._count_the_pass(self._balancing())
+        return output
+
+    def _count_the_pass(self, balancing: EngineBalancing) -> None:
+        """vLLM's runner steps at the end of sampling: not in a pipeline stage before the last, nor for a
+        pooling model.
+        """
+        if self._steps_before is not None and balancing.steps == self._steps_before:
+            balancing.step(is_dummy=False)
+        self._steps_before = None
+
+    def _sleep(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Nothing may move while weights leave the device."""
+        balancing = self._balancing()
+        balancing.pause()
+        balancing.drain()
+        original(*args, **kwargs)
+
+    def _wake_up(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if not self._is_paused:
+            self._balancing().resume()
+
+    def _reload_weights(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        balancing = self._balancing()
+        if args or kwargs.get("weights_iterator") is not None:
+            balancing.refuse_unless_initial("reload_weights with some of the weights")
+        else:
+            balancing.return_to_initial_layout("reload_weights")
+        original(*args, **kwargs)
+
+    def _start_weight_update(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        balancing = self._balancing()
+        balancing.pause()
+        balancing.drain()
+        balancing.refuse_unless_initial("a weight update")
+        original(*args, **kwargs)
+
+    def _shutdown(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+        state = getattr(getattr(self._worker, "model_runner", None), "eplb_state", None)
+        balancing = eplb_state.balancing_of(state)
+        if balancing is not None:
+            balancing.close()
+        original(*args, **kwargs)
+
+    def _balancing(self) -> EngineBalancing:
+        state = getattr(self._worker.model_runner, "eplb_state", None)
+        balancing = eplb_state.balancing_of(state)
+        if balancing is None:
+            raise RuntimeError(f"{self._vllm_config.model_config.model} has no experts to balance")
+        return balancing
+
+
+def phase_of(scheduler_output: Any) -> Phase:
+    """What a pass computes: a request that gets one token, and its drafted ones, is decoding."""
+    drafted = scheduler_output.scheduled_spec_decode_tokens
+    is_decoding = [
+        count <= 1 + len(drafted.get(request, ()))
+        for request, count in scheduler_output.num_scheduled_tokens.items()
+    ]
+    if all(is_decoding):
+        return Phase.DECODE
+    return Phase.MIXED if any(is_decoding) else Phase.PREFILL
+
+
+def _log_as_vllm_does() -> None:
+    """vLLM gives handlers to its own loggers only: ours speak through them."""
+    ours, theirs = logging.getLogger("eplb_platform"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.getEffectiveLevel())
+        ours.propagate = False
