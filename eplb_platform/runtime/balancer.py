@@ -97,6 +97,9 @@ class Balancer:
         self._observe_stage = on_stage
         self._on_close = on_close
         self._stage: Stage | None = None
+        self._map_since = link.clock.now()
+        self._last_cycle_end: float | None = None
+        self._step_started: float | None = None
         self._next_cycle = 0
         self._last_start = 0
         self._last_balancedness_line = 0
@@ -119,7 +122,7 @@ class Balancer:
         physical_load: [layers, physical], tokens that this rank sent to each slot in the pass; None for none.
         Raises `ForwardStopped` when this rank cannot learn whether to commit: it must then not serve on.
         """
-        started = self._link.clock.now()
+        started = self._step_started = self._link.clock.now()
         self.stats.steps += 1
         self.stats.dummy_steps += is_dummy
         self._heat.record(physical_load, self._expert_map, phase, is_dummy)
@@ -131,6 +134,7 @@ class Balancer:
         stall = self._link.clock.now() - started
         self.stats.stall_s += stall
         self.stats.longest_stall_s = max(self.stats.longest_stall_s, stall)
+        self._step_started = None
 
     def pause(self) -> None:
         """Move nothing until `resume`; a running cycle ends on every rank before its next commit is
@@ -175,11 +179,24 @@ class Balancer:
         return "closed" if self._is_closed else "paused" if self._is_paused else "idle"
 
     def snapshot(self) -> Mapping[str, object]:
-        """This rank's state as plain data for JSON."""
+        """This rank's state as plain data for JSON: `status` and the map in force."""
+        return {**self.status(), "physical_to_logical": self._expert_map.physical_to_logical.tolist()}
+
+    def status(self) -> Mapping[str, object]:
+        """This rank's state in a few numbers, cheap enough to take every second from any thread.
+
+        map_age_s: since the map in force was committed, or since the start; last_cycle_age_s: since a cycle
+        ended, None before the first; step_running_s: since the forward thread entered the `step` that it is
+        in, or stopped in; 0 outside.
+        """
+        now, step_started = self._link.clock.now(), self._step_started
         return {
             "rank": self._link.rank,
             "state": self.state,
-            "physical_to_logical": self._expert_map.physical_to_logical.tolist(),
+            "algorithm": self.config.algorithm,
+            "map_age_s": now - self._map_since,
+            "last_cycle_age_s": None if self._last_cycle_end is None else now - self._last_cycle_end,
+            "step_running_s": 0.0 if step_started is None else now - step_started,
             **self.stats.as_dict(),
         }
 
@@ -190,14 +207,16 @@ class Balancer:
         try:
             return self._link.gate.pass_boundary(ANSWER_TIMEOUTS * self._rules.timeout_s)
         finally:
-            self.stats.longest_wait_s = max(self.stats.longest_wait_s, self._link.clock.now() - started)
+            wait = self._link.clock.now() - started
+            self.stats.wait_s += wait
+            self.stats.longest_wait_s = max(self.stats.longest_wait_s, wait)
 
     def _commit(self, chunk: Chunk) -> None:
         if self._migrator is None:
             raise RuntimeError("a commit was agreed for a balancer that only observes")
         self._migrator.swap(chunk)
         self._model.apply_map(chunk.layers, chunk.map_after)
-        self._expert_map = chunk.map_after
+        self._expert_map, self._map_since = chunk.map_after, self._link.clock.now()
         self.stats.commits += 1
         if self.stats.first_commit_step is None:
             self.stats.first_commit_step = self.stats.steps
@@ -244,6 +263,7 @@ class Balancer:
 
     def _account(self, report: CycleReport) -> None:
         stats = self.stats
+        self._last_cycle_end = self._link.clock.now()
         stats.moved_experts += report.moved_experts
         stats.skipped_layers += len(report.skipped_layers)
         stats.planning_s += report.seconds.get(Stage.PLAN, 0.0)
@@ -257,6 +277,8 @@ class Balancer:
             stats.cancelled_cycles += 1
         else:
             stats.cycles += 1
+            stats.moved_cycles += report.outcome is Outcome.MOVED
+            stats.no_load_cycles += report.outcome is Outcome.NO_LOAD
             stats.last_success_step = stats.steps
         self._account_record(report)
         self._account_balancedness(report)

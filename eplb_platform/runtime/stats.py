@@ -10,12 +10,15 @@ class BalancerStats:
     """Counters of one rank since its start; moved experts and commits are the same on every rank.
 
     A stall is time that `Balancer.step` took from the forward thread; a wait is the part of it spent waiting
-    for the decision on a commit.
+    for the decision on a commit. `cycles` are those that ended as planned: that moved experts, that found no
+    load, and that left the map as it was.
     """
 
     steps: int = 0
     dummy_steps: int = 0
     cycles: int = 0
+    moved_cycles: int = 0
+    no_load_cycles: int = 0
     failed_cycles: int = 0
     cancelled_cycles: int = 0
     commits: int = 0
@@ -24,6 +27,7 @@ class BalancerStats:
     bytes_received: int = 0
     staging_bytes: int = 0
     longest_wait_s: float = 0.0
+    wait_s: float = 0.0
     longest_stall_s: float = 0.0
     stall_s: float = 0.0
     planning_s: float = 0.0
