@@ -5,28 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from eplb_platform.backend import load_backend
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.integrations.vllm import configuration
-from eplb_platform.integrations.vllm.expert_parallel_group import ExpertParallelGroup, gather
 from eplb_platform.integrations.vllm.served_model import VllmModel
+from eplb_platform.integrations.vllm.stage_recording import StageMapRecorder
 from eplb_platform.runtime.start import start_balancer
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.distributed.eplb.eplb_state import EplbModelState
 
     from eplb_platform.config import EplbConfig
+    from eplb_platform.integrations.vllm.expert_parallel_group import ExpertParallelGroup
     from eplb_platform.runtime.balancer import Balancer
 
 logger = logging.getLogger(__name__)
-
-STORE_TIMEOUT = timedelta(seconds=60)
 
 
 class WeightUpdateRefused(RuntimeError):
@@ -36,14 +33,13 @@ class WeightUpdateRefused(RuntimeError):
 class EngineBalancing:
     """What vLLM's `EplbState` drives in the place of its own state machine."""
 
-    def __init__(self, vllm_config: VllmConfig, config: EplbConfig, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, config: EplbConfig, group: ExpertParallelGroup) -> None:
         self.config = config
         self.phase = Phase.MIXED
         """Of the pass that is running; the worker says it before the pass."""
         self.steps = 0
         self._vllm_config = vllm_config
-        self._device = device
-        self._group: ExpertParallelGroup | None = None
+        self._group = group
         self._models: dict[str, VllmModel] = {}
         self._balancers: dict[str, Balancer] = {}
         self._main = ""
@@ -56,20 +52,23 @@ class EngineBalancing:
         Moves the experts to the static map's places first, if there is one. Raises ValueError for a map that
         does not fit the model.
         """
-        group = self._join()
+        group = self._group
         model = VllmModel(state, group.topology, num_experts_per_token=self._experts_per_token())
         name = f"model-{len(self._models)}"
         config = self.config if is_main else _of_draft(self.config)
-        gather(name, _ep_cpu_group(), group.topology.num_ranks)  # ranks load weights at their own pace
+        if is_main:
+            group.publish_layers(model.expert_map.num_layers)
+        group.wait_for_all(name)  # ranks load weights at their own pace, a collective would time out
         self._balancers[name] = start_balancer(
             config,
             model,
-            load_backend(config.backend, device_type=self._device.type),
+            load_backend(config.backend, device_type=state.expert_load_pass.device.type),
             group.store,
             group.rank,
             num_expert_groups=model.num_expert_groups,
-            name=f"stage-{group.stage}/{name}",
+            name=name,
             deploy=self._map_to_deploy(model) if is_main else None,
+            recorder=self._stage_recorder() if is_main else None,
         )
         self._models[name] = model
         if is_main:
@@ -82,22 +81,31 @@ class EngineBalancing:
                 config.mode, config.algorithm,
             )  # fmt: skip
 
-    def _join(self) -> ExpertParallelGroup:
-        if self._group is None:
-            self._group = ExpertParallelGroup.join(self._vllm_config, STORE_TIMEOUT)
-        return self._group
+    def end_of_loading(self) -> None:
+        """All models are loaded; a stage without experts says so to those that wait for its count."""
+        self._group.publish_layers(0)
+
+    def is_main_model(self, model_config: object) -> bool:
+        """Whether it is the engine's own model, and not the draft model beside it."""
+        return model_config is self._vllm_config.model_config
 
     def _map_to_deploy(self, model: VllmModel) -> ExpertMap | None:
         """This stage's layers of the static map, on this engine's nodes."""
-        if self.config.expert_map_path is None or self._group is None:
+        if self.config.expert_map_path is None:
             return None
-        first, total = _stage_layers(model.expert_map.num_layers)
-        whole = ExpertMap.load(self.config.expert_map_path)
+        layers = self._group.layers_of_stages()
         part = configuration.part_of_map(
-            whole, first_layer=first, num_layers=model.expert_map.num_layers, total_layers=total
+            ExpertMap.load(self.config.expert_map_path), layers, self._group.stage
         )
         configuration.check_fits(part, model.expert_map, self.config.expert_map_path)
         return ExpertMap(part.physical_to_logical, part.num_logical_experts, self._group.topology)
+
+    def _stage_recorder(self) -> StageMapRecorder | None:
+        """Where each stage knows only its own layers, the file needs them all."""
+        path = self.config.expert_map_record_path
+        if path is None or self._group.num_stages == 1:
+            return None
+        return StageMapRecorder(path, self._group.stage, self._group.num_stages, self._group.engine_store)
 
     def _experts_per_token(self) -> int | None:
         text_config = self._vllm_config.model_config.hf_text_config
@@ -114,7 +122,7 @@ class EngineBalancing:
         self.steps += 1
         for name, balancer in self._balancers.items():
             model = self._models[name]
-            counts = not is_dummy and self._group is not None and self._group.counts_tokens
+            counts = not is_dummy and self._group.counts_tokens
             load = model.take_load() if counts else None
             if load is None:
                 model.forget_load()
@@ -178,9 +186,9 @@ class EngineBalancing:
         models = {self._models[name].name: balancer.snapshot() for name, balancer in self._balancers.items()}
         main = self._balancers[self._main].snapshot() if self._main else {}
         return {
-            "rank": self._group.rank if self._group else None,
-            "ep_size": self._group.topology.num_ranks if self._group else None,
-            "stage": self._group.stage if self._group else None,
+            "rank": self._group.rank,
+            "ep_size": self._group.topology.num_ranks,
+            "stage": self._group.stage,
             "updated": time.time(),
             "state": main.get("state", "idle"),
             "cycles": main.get("cycles", 0),
@@ -195,20 +203,3 @@ def _of_draft(config: EplbConfig) -> EplbConfig:
     return config.model_copy(
         update={"expert_map_path": None, "expert_map_record_path": None, "trace_record_path": None}
     )
-
-
-def _ep_cpu_group() -> object:
-    from vllm.distributed.parallel_state import get_ep_group
-
-    return get_ep_group().cpu_group
-
-
-def _stage_layers(num_layers: int) -> tuple[int, int]:
-    """The first MoE layer of this pipeline stage, and how many all stages have."""
-    from vllm.distributed.parallel_state import get_pp_group
-
-    stages = get_pp_group()
-    if stages.world_size == 1:
-        return 0, num_layers
-    layers = gather(num_layers, stages.cpu_group, stages.world_size)
-    return sum(layers[: stages.rank_in_group]), sum(layers)

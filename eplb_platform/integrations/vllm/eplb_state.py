@@ -7,17 +7,14 @@ of an engine that asked for `eplb_config`.
 from __future__ import annotations
 
 import functools
-import logging
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from eplb_platform.integrations.vllm import configuration
 from eplb_platform.integrations.vllm.balancing import EngineBalancing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-logger = logging.getLogger(__name__)
 
 REPLACED = (
     "__init__",
@@ -30,6 +27,7 @@ REPLACED = (
 )
 
 _is_taken_over = False
+_driver: ContextVar[EngineBalancing | None] = ContextVar("eplb_driver", default=None)
 
 
 def take_over() -> None:
@@ -43,6 +41,16 @@ def take_over() -> None:
     for name in REPLACED:
         original = getattr(EplbState, name)
         setattr(EplbState, name, _replacement(name, original))
+
+
+@contextmanager
+def driven_by(balancing: EngineBalancing) -> Iterator[None]:
+    """States that are made inside are driven by `balancing`."""
+    token = _driver.set(balancing)
+    try:
+        yield
+    finally:
+        _driver.reset(token)
 
 
 def balancing_of(state: object) -> EngineBalancing | None:
@@ -61,14 +69,8 @@ def _replacement(name: str, original: Any) -> Any:
 
 
 def _init(original: Any, state: Any, parallel_config: Any, device: Any) -> None:
-    from vllm.config import get_current_vllm_config_or_none
-
     original(state, parallel_config, device)
-    vllm_config = get_current_vllm_config_or_none()
-    config = None if vllm_config is None else configuration.of_worker(vllm_config)
-    if config is not None:
-        state._eplb_platform = EngineBalancing(vllm_config, config, device)
-        state._eplb_vllm_config = vllm_config
+    state._eplb_platform = _driver.get()
 
 
 def _add_model(original: Any, state: Any, model: Any, model_config: Any, model_name: Any = None) -> None:
@@ -81,7 +83,7 @@ def _add_model(original: Any, state: Any, model: Any, model_config: Any, model_n
     model_state = state.model_states[model_config.compute_hash()]
     model_state.expert_buffer = []  # our staging is what the backend allocates
     state.is_async = False
-    balancing.add_model(model_state, is_main=model_config is state._eplb_vllm_config.model_config)
+    balancing.add_model(model_state, is_main=balancing.is_main_model(model_config))
 
 
 def _step(

@@ -68,9 +68,10 @@ def _wrap_workers(worker_base: ModuleType) -> None:
             return
         from eplb_platform.integrations.vllm import configuration
 
-        if configuration.of_worker(vllm_config) is not None:
+        config = configuration.of_worker(vllm_config)
+        if config is not None:
             from eplb_platform.integrations.vllm.worker import equip
 
-            equip(self, vllm_config)
+            equip(self, vllm_config, config)
 
     worker_base.WorkerBase.__init__ = __init__

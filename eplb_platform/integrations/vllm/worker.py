@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 from eplb_platform.heat import Phase
 from eplb_platform.integrations.vllm import compatibility, cpu_platform, eplb_state, metrics
 from eplb_platform.integrations.vllm.balancing import EngineBalancing
+from eplb_platform.integrations.vllm.expert_parallel_group import ExpertParallelGroup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from eplb_platform.config import EplbConfig
+
 logger = logging.getLogger(__name__)
 
 
-def equip(worker: Any, vllm_config: VllmConfig) -> None:
+def equip(worker: Any, vllm_config: VllmConfig, config: EplbConfig) -> None:
     """Give a worker of an engine with `eplb_config` what balancing needs; called at its birth.
 
     Raises `UnsupportedVllm` on a vLLM that lacks what the integration wraps.
@@ -27,15 +30,17 @@ def equip(worker: Any, vllm_config: VllmConfig) -> None:
     cpu_platform.admit_eplb()
     cpu_platform.equip_worker()
     eplb_state.take_over()
-    WorkerHooks(worker, vllm_config).install()
+    WorkerHooks(worker, vllm_config, config).install()
 
 
 class WorkerHooks:
     """Wraps the methods of one worker object; the class and other engines' workers stay as they are."""
 
-    def __init__(self, worker: Any, vllm_config: VllmConfig) -> None:
+    def __init__(self, worker: Any, vllm_config: VllmConfig, config: EplbConfig) -> None:
         self._worker = worker
         self._vllm_config = vllm_config
+        self._config = config
+        self._balancing: EngineBalancing | None = None
         self._publisher: metrics.SnapshotPublisher | None = None
         self._is_paused = False
         self._steps_before: int | None = None
@@ -67,38 +72,42 @@ class WorkerHooks:
 
     def snapshot(self) -> Mapping[str, object]:
         """What balancing did on this rank, as plain data."""
-        return self._balancing().snapshot()
+        return self._loaded().snapshot()
 
     def pause(self) -> None:
         """Move nothing until `eplb_resume`."""
         self._is_paused = True
-        self._balancing().pause()
+        self._loaded().pause()
 
     def resume(self) -> None:
         """Go on after `eplb_pause`."""
         self._is_paused = False
-        self._balancing().resume()
+        self._loaded().resume()
 
     def rebalance_now(self) -> None:
         """Start a cycle at the next forward pass."""
-        self._balancing().rebalance_now()
+        self._loaded().rebalance_now()
 
     # --- the engine's calls ---
 
     def _load_model(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        balancing = self._balancing()
+        self._balancing = EngineBalancing(
+            self._vllm_config, self._config, ExpertParallelGroup.join(self._vllm_config)
+        )
+        with eplb_state.driven_by(self._balancing):
+            original(*args, **kwargs)
+        self._balancing.end_of_loading()
         folder = metrics.state_folder()
-        if folder is not None and self._publisher is None:
-            shot = balancing.snapshot()
+        if folder is not None:
+            shot = self._balancing.snapshot()
             name = f"stage-{shot['stage']}-rank-{shot['rank']}"
-            self._publisher = metrics.SnapshotPublisher(folder, name, balancing.snapshot)
+            self._publisher = metrics.SnapshotPublisher(folder, name, self._balancing.snapshot)
             self._publisher.start()
 
     def _execute_model(
         self, original: Callable[..., Any], scheduler_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        balancing = self._balancing()
+        balancing = self._loaded()
         if scheduler_output.total_num_scheduled_tokens > 0:
             balancing.phase = phase_of(scheduler_output)
             self._steps_before = balancing.steps
@@ -109,7 +118,7 @@ class WorkerHooks:
 
     def _sample_tokens(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        self._count_the_pass(self._balancing())
+        self._count_the_pass(self._loaded())
         return output
 
     def _count_the_pass(self, balancing: EngineBalancing) -> None:
@@ -122,7 +131,7 @@ class WorkerHooks:
 
     def _sleep(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Nothing may move while weights leave the device."""
-        balancing = self._balancing()
+        balancing = self._loaded()
         balancing.pause()
         balancing.drain()
         original(*args, **kwargs)
@@ -130,10 +139,10 @@ class WorkerHooks:
     def _wake_up(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         if not self._is_paused:
-            self._balancing().resume()
+            self._loaded().resume()
 
     def _reload_weights(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        balancing = self._balancing()
+        balancing = self._loaded()
         if args or kwargs.get("weights_iterator") is not None:
             balancing.refuse_unless_initial("reload_weights with some of the weights")
         else:
@@ -141,7 +150,7 @@ class WorkerHooks:
         original(*args, **kwargs)
 
     def _start_weight_update(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        balancing = self._balancing()
+        balancing = self._loaded()
         balancing.pause()
         balancing.drain()
         balancing.refuse_unless_initial("a weight update")
@@ -150,18 +159,14 @@ class WorkerHooks:
     def _shutdown(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if self._publisher is not None:
             self._publisher.close()
-        state = getattr(getattr(self._worker, "model_runner", None), "eplb_state", None)
-        balancing = eplb_state.balancing_of(state)
-        if balancing is not None:
-            balancing.close()
+        if self._balancing is not None:
+            self._balancing.close()
         original(*args, **kwargs)
 
-    def _balancing(self) -> EngineBalancing:
-        state = getattr(self._worker.model_runner, "eplb_state", None)
-        balancing = eplb_state.balancing_of(state)
-        if balancing is None:
-            raise RuntimeError(f"{self._vllm_config.model_config.model} has no experts to balance")
-        return balancing
+    def _loaded(self) -> EngineBalancing:
+        if self._balancing is None:
+            raise RuntimeError("the model is not loaded yet")
+        return self._balancing
 
 
 def phase_of(scheduler_output: Any) -> Phase:
