@@ -264,6 +264,12 @@ class EplbConfig(BaseModel):
             return Mode.RECORD
         return Mode.OFF if self.expert_map_path is None else Mode.STATIC
 
+    @staticmethod
+    def keys_in(additional_config: Mapping[str, object]) -> list[str]:
+        """The keys of `additional_config` that are read here: `eplb_config`, and ours beside it."""
+        ours = _ours_at_top_level(additional_config)
+        return [key for key in additional_config if key == SECTION or key in ours]
+
     @classmethod
     def from_additional_config(
         cls,
