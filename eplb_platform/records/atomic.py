@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None], *, durable: bool = True
+) -> None:
     """Put `content` at `path` so that at every moment a reader finds the old file or the new one, complete.
 
     content: the bytes, or a function that writes them to the open file
+    durable: whether the file is on the disk, for a loss of power, when this returns
 
     Makes the folders that are missing; a symbolic link is followed, not replaced. When writing fails the
     old file stays, nothing else is left behind, and the error, an OSError or the function's own, goes on
@@ -33,14 +36,16 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | Callable[[Bi
                 content(file)
             else:
                 file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(target.parent)
+    if durable:
+        _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -278,6 +278,7 @@ class Balancer:
         else:
             stats.cycles += 1
             stats.moved_cycles += report.outcome is Outcome.MOVED
+            stats.stayed_cycles += report.outcome is Outcome.STAYED
             stats.no_load_cycles += report.outcome is Outcome.NO_LOAD
             stats.last_success_step = stats.steps
         self._account_record(report)

@@ -10,14 +10,15 @@ class BalancerStats:
     """Counters of one rank since its start; moved experts and commits are the same on every rank.
 
     A stall is time that `Balancer.step` took from the forward thread; a wait is the part of it spent waiting
-    for the decision on a commit. `cycles` are those that ended as planned: that moved experts, that found no
-    load, and that left the map as it was.
+    for the decision on a commit. `cycles` are those that ended well: that moved experts, that left the
+    map as it was, and that found no load.
     """
 
     steps: int = 0
     dummy_steps: int = 0
     cycles: int = 0
     moved_cycles: int = 0
+    stayed_cycles: int = 0
     no_load_cycles: int = 0
     failed_cycles: int = 0
     cancelled_cycles: int = 0
