@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from eplb_platform.runtime.balancer import Balancer
 from eplb_platform.runtime.cycle import Stage
+from eplb_platform.runtime.deployment import DeploymentError
 from eplb_platform.runtime.gate import ForwardStopped
 from eplb_platform.runtime.served_model import ServedModel
 from eplb_platform.runtime.start import start_balancer
 from eplb_platform.runtime.stats import BalancerStats
 
-__all__ = ["Balancer", "BalancerStats", "ForwardStopped", "ServedModel", "Stage", "start_balancer"]
+__all__ = [
+    "Balancer",
+    "BalancerStats",
+    "DeploymentError",
+    "ForwardStopped",
+    "ServedModel",
+    "Stage",
+    "start_balancer",
+]

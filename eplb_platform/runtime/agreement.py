@@ -9,8 +9,10 @@ decides nothing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
+from eplb_platform.expert_map import ExpertMap
 from eplb_platform.runtime.ports import Clock, ControlPlane
 
 FIRST_POLL_S = 0.0005
@@ -40,22 +42,32 @@ def same(offers: Sequence[int]) -> int:
     return offers[0]
 
 
+def map_fingerprint(*maps: ExpertMap) -> int:
+    """63 bits, to be offered, that differ when two ranks mean different maps."""
+    digests = " ".join(expert_map.digest() for expert_map in maps)
+    return int.from_bytes(hashlib.blake2b(digests.encode(), digest_size=8).digest(), "big") >> 1
+
+
 class Agreement:
-    """The places of one cycle, as one rank sees them."""
+    """The places of one undertaking of all ranks, as one rank sees them.
+
+    scope: keeps the places of this one apart from others': `cycle/7`
+    is_ending: says why this rank wants the undertaking to end now, or nothing
+    """
 
     def __init__(
         self,
         plane: ControlPlane,
         clock: Clock,
         *,
-        cycle: int,
+        scope: str,
         rank: int,
         num_ranks: int,
-        is_ending: Callable[[], str],
+        is_ending: Callable[[], str] = str,
     ) -> None:
         self._plane = plane
         self._clock = clock
-        self._prefix = f"cycle/{cycle}"
+        self._prefix = scope
         self._rank = rank
         self._num_ranks = num_ranks
         self._is_ending = is_ending

@@ -14,6 +14,7 @@ from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import HeatWindows, Phase
 from eplb_platform.migration.schedule import Chunk
+from eplb_platform.records import RecordError
 from eplb_platform.runtime.cycle import (
     PLANNING_RANK,
     Cycle,
@@ -66,6 +67,8 @@ class Balancer:
 
     Every rank of the expert-parallel group has one and calls `step` once after every forward pass, dummy
     passes included, so that all ranks count the same passes. Built by `start_balancer`.
+
+    expert_map: what the weights follow now
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Balancer:
         link: RankLink,
         rules: CycleRules,
         *,
+        expert_map: ExpertMap,
         heat: LockedHeat,
         migrator: Migrator | None,
         planner: Planner,
@@ -86,7 +90,7 @@ class Balancer:
         self.config = config
         self.stats = BalancerStats()
         self._model = model
-        self._expert_map = model.expert_map
+        self._expert_map = expert_map
         self._link = link
         self._rules = rules
         self._heat = heat
@@ -200,6 +204,26 @@ class Balancer:
             **self.stats.as_dict(),
         }
 
+    # --- recording ---
+
+    def record_start(self) -> None:
+        """Record the map that serving starts from, on the rank that records: the file is there from now on.
+
+        A record that cannot be written is reported, as in any cycle.
+        """
+        if self._recorder is None or self._link.rank != PLANNING_RANK:
+            return
+        try:
+            run_blocking(self._recorder.record(self._expert_map, keep_earlier=False))
+            self.stats.records_written += 1
+        except RecordError as error:
+            self._report_failed_record("at the start", error)
+
+    def _report_failed_record(self, when: str, error: object) -> None:
+        self.stats.failed_records += 1
+        self.stats.last_error = str(error)
+        logger.warning("%s: the expert map was not recorded: %s", when, error)
+
     # --- committing ---
 
     def _pass_boundary(self) -> Chunk | None:
@@ -241,7 +265,7 @@ class Balancer:
             heat=self._heat,
             planner=self._planner,
             recorder=self._recorder,
-            current_map=lambda: self._expert_map,
+            expert_map=self._expert_map,
             is_ending=self._why_end,
             on_stage=self._enter,
         )
@@ -287,11 +311,7 @@ class Balancer:
 
     def _account_record(self, report: CycleReport) -> None:
         if report.record_error:
-            self.stats.failed_records += 1
-            self.stats.last_error = report.record_error
-            logger.warning(
-                "cycle %d: the expert map was not recorded: %s", report.number, report.record_error
-            )
+            self._report_failed_record(f"cycle {report.number}", report.record_error)
         elif Stage.RECORD in report.seconds:
             self.stats.records_written += 1
 

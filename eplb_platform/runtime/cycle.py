@@ -7,7 +7,6 @@ wrong, the cycle ends on every rank and the map in force stays.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from eplb_platform.balance import moved_experts, window_balancedness
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk, build_schedule
 from eplb_platform.records import RecordError
-from eplb_platform.runtime.agreement import Agreement, CycleAborted, same
+from eplb_platform.runtime.agreement import Agreement, CycleAborted, map_fingerprint, same
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder
 
@@ -137,7 +136,7 @@ class Cycle:
         heat: Heat,
         planner: Planner,
         recorder: Recorder | None,
-        current_map: Callable[[], ExpertMap],
+        expert_map: ExpertMap,
         is_ending: Callable[[], str],
         on_stage: Callable[[Stage], None],
     ) -> None:
@@ -147,7 +146,7 @@ class Cycle:
         self._heat = heat
         self._planner = planner
         self._recorder = recorder
-        self._current_map = current_map
+        self._map = expert_map
         self._is_ending = is_ending
         self._on_stage = on_stage
         self._started_at_boundary = link.gate.boundary
@@ -156,7 +155,7 @@ class Cycle:
         self._places = Agreement(
             link.plane,
             link.clock,
-            cycle=number,
+            scope=f"cycle/{number}",
             rank=link.rank,
             num_ranks=link.num_ranks,
             is_ending=is_ending,
@@ -167,10 +166,10 @@ class Cycle:
         try:
             await self._run()
         except CycleAborted as aborted:
-            self._end(str(aborted), Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED)
+            await self._end(str(aborted), Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED)
         except Exception as error:
             reason = f"rank {self._link.rank}: {self._stage}: {type(error).__name__}: {error}"
-            self._end(await self._announce(reason), Outcome.FAILED)
+            await self._end(await self._announce(reason), Outcome.FAILED)
         finally:
             self._link.finished_keys = [*self._link.finished_keys, *self._places.keys]
         return self.report
@@ -180,16 +179,16 @@ class Cycle:
         load = await self._collect()
         if not load.any():
             self.report.outcome = Outcome.NO_LOAD
-            await self._record(self._current_map(), keep_earlier=not self._rules.moves_experts)
+            await self._record(self._map, keep_earlier=not self._rules.moves_experts)
             return
         if self._link.rank == PLANNING_RANK:
-            self.report.balancedness = window_balancedness(self._current_map(), load)
+            self.report.balancedness = window_balancedness(self._map, load)
         if not self._rules.plans:
             return
         planned = await self._plan(load)
-        if self._rules.moves_experts and planned != self._current_map():
+        if self._rules.moves_experts and planned != self._map:
             await self._rearrange(planned)
-        await self._record(self._current_map() if self._rules.moves_experts else planned)
+        await self._record(self._map if self._rules.moves_experts else planned)
 
     # --- the stages, in their order ---
 
@@ -213,8 +212,7 @@ class Cycle:
                 return await self._link.group.sum(self._heat.windows_until(end))
 
     async def _plan(self, load: NDArray[np.int64]) -> ExpertMap:
-        current = self._current_map()
-        planned = current
+        current = planned = self._map
         with self._timed(Stage.PLAN):
             if self._link.rank == PLANNING_RANK:
                 planned = await self._planner.plan(load, current)
@@ -225,7 +223,7 @@ class Cycle:
                 planned = await self._broadcast(planned)
         with self._timed(Stage.COMPARE):
             await self._places.agree(
-                "compare", _fingerprint(current, planned), same, timeout_s=self._timeout_s
+                "compare", map_fingerprint(current, planned), same, timeout_s=self._timeout_s
             )
         return planned
 
@@ -237,7 +235,7 @@ class Cycle:
     async def _rearrange(self, planned: ExpertMap) -> None:
         with self._timed(Stage.SCHEDULE):
             schedule = build_schedule(
-                self._current_map(),
+                self._map,
                 planned,
                 layers_per_chunk=self._rules.layers_per_chunk,
                 staging_slots=self._rules.staging_slots,
@@ -247,7 +245,6 @@ class Cycle:
             await self._move(f"chunk/{index}", chunk)
 
     async def _move(self, place: str, chunk: Chunk) -> None:
-        before = self._current_map()
         with self._timed(Stage.FETCH):
             # Others come here only after their own commit of the chunk before, and an idle engine commits
             # nothing.
@@ -262,7 +259,8 @@ class Cycle:
             await self._wait_for_the_commit()
         self.report.outcome = Outcome.MOVED
         self.report.chunks_committed += 1
-        self.report.moved_experts += int(moved_experts(before, chunk.map_after).sum())
+        self.report.moved_experts += int(moved_experts(self._map, chunk.map_after).sum())
+        self._map = chunk.map_after
 
     async def _agree_on_boundary(self, place: str) -> int:
         """From the promise on, this rank acts on the verdict of `place` alone, or stops when it cannot learn
@@ -315,8 +313,10 @@ class Cycle:
             self._link.break_group()
         return reason
 
-    def _end(self, reason: str, outcome: Outcome) -> None:
+    async def _end(self, reason: str, outcome: Outcome) -> None:
         self.report.reason, self.report.outcome = reason, outcome
+        if self.report.chunks_committed:  # so that the record shows the map in force
+            await self._record(self._map)
 
     # --- bookkeeping ---
 
@@ -341,9 +341,3 @@ class Cycle:
         self._in_group = True
         yield
         self._in_group = False
-
-
-def _fingerprint(current: ExpertMap, planned: ExpertMap) -> int:
-    """63 bits that differ when two ranks follow different maps or were told different plans."""
-    digest = hashlib.blake2b(f"{current.digest()} {planned.digest()}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eplb_platform.algorithms import load_algorithm
 from eplb_platform.config import EplbConfig
+from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import HeatWindows, LoadCollection
 from eplb_platform.migration.schedule import warm_up as warm_up_schedule
 from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
+from eplb_platform.runtime.agreement import Agreement
 from eplb_platform.runtime.balancer import Balancer, LockedHeat
 from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
+from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
-from eplb_platform.runtime.ports import Planner
+from eplb_platform.runtime.ports import Planner, Recorder
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import MapRecorder
 from eplb_platform.runtime.served_model import ServedModel
@@ -42,55 +46,87 @@ def start_balancer(
     *,
     num_expert_groups: int = 1,
     name: str = "eplb",
+    deploy: ExpertMap | None = None,
     planner: Planner | None = None,
+    recorder: Recorder | None = None,
     on_stage: Callable[[Stage], None] | None = None,
 ) -> Balancer:
     """Start balancing `model` on this rank; every rank of the group calls it, and it returns when all have.
 
     store: shared by all ranks; the balancer and its backend take clients of their own.
     name: keeps the keys of several models in one store apart.
+    deploy: a map, the same on every rank, that the weights are moved to before this returns; balancing
+        starts from there. The number of nodes is that of `model.expert_map`, whatever a file says.
     planner: plans in place of the configured algorithm.
+    recorder: records in place of a `MapRecorder` for `expert_map_record_path`; used on rank 0 only.
     on_stage: called in the background thread whenever a cycle enters a stage.
     Raises ValueError for an unknown algorithm and for too little staging memory, `GroupError` when not every
-    rank comes.
+    rank comes, and `DeploymentError` when ranks start from different maps or `deploy` cannot be reached; the
+    model must not serve then.
     """
     from torch.distributed import PrefixStore
 
     _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
     num_ranks = model.expert_map.topology.num_ranks
-    backend.connect(PrefixStore(name, store), rank, num_ranks, config.transfer_timeout_s)
-    backend.warm_up()
-    migrator, rules = _migrator_and_rules(config, model, backend, rank)
-    if planner is None:
-        planner = _planner(config, num_expert_groups)
-        if config.observes and rank == PLANNING_RANK:
-            planner.warm_up()
-    gate = CommitGate()
-    link = RankLink(
-        rank,
-        num_ranks,
-        plane=StoreControlPlane(PrefixStore(name, _client_of(store))),
-        group=BackendGroup(backend, migrator),
-        clock=ThreadClock(gate.changed),
-        gate=gate,
-    )
-    balancer = Balancer(
-        config,
-        model,
-        link,
-        rules,
-        heat=LockedHeat(_heat_windows(config, model)),
-        migrator=migrator,
-        planner=planner,
-        recorder=MapRecorder(Path(config.expert_map_record_path)) if config.expert_map_record_path else None,
-        background=BackgroundThread(f"{name}-cycle"),
-        on_stage=on_stage,
-        on_close=backend.close,
-    )
+    with ExitStack() as undo:
+        undo.callback(backend.close)
+        backend.connect(PrefixStore(name, store), rank, num_ranks, config.transfer_timeout_s)
+        backend.warm_up()
+        migrator = _new_migrator(config, model, backend, rank) if config.moves_experts else None
+        gate = CommitGate()
+        link = RankLink(
+            rank,
+            num_ranks,
+            plane=StoreControlPlane(PrefixStore(name, _client_of(store))),
+            group=BackendGroup(backend, migrator),
+            clock=ThreadClock(gate.changed),
+            gate=gate,
+        )
+        expert_map = _deploy(config, model, backend, link, migrator, deploy)
+        balancer = Balancer(
+            config,
+            model,
+            link,
+            _rules(config, migrator),
+            expert_map=expert_map,
+            heat=LockedHeat(_heat_windows(config, model)),
+            migrator=migrator,
+            planner=planner or _planner(config, num_expert_groups, rank),
+            recorder=recorder or _map_recorder(config),
+            background=BackgroundThread(f"{name}-cycle"),
+            on_stage=on_stage,
+            on_close=backend.close,
+        )
+        undo.pop_all()
     if migrator is not None:
         balancer.stats.staging_bytes = migrator.staging.nbytes
+    balancer.record_start()
     return balancer
+
+
+def _deploy(
+    config: EplbConfig,
+    model: ServedModel,
+    backend: Backend,
+    link: RankLink,
+    migrator: Migrator | None,
+    target: ExpertMap | None,
+) -> ExpertMap:
+    """Bring the weights to `target`; staging that nothing needs afterwards is freed."""
+    places = Agreement(link.plane, link.clock, scope="start", rank=link.rank, num_ranks=link.num_ranks)
+    deployment = Deployment(
+        model,
+        backend,
+        places,
+        link.rank,
+        layers_per_chunk=config.layer_updates_per_step,
+        timeout_s=config.transfer_timeout_s,
+        make_migrator=lambda: migrator or _new_migrator(config, model, backend, link.rank),
+    )
+    expert_map = deployment.run(model.expert_map, target)
+    link.finished_keys = places.keys
+    return expert_map
 
 
 def _client_of(store: Store) -> Store:
@@ -105,21 +141,20 @@ def _warn_of_keys_without_effect(config: EplbConfig) -> None:
             logger.warning("eplb_config.%s is read but does nothing yet", key)
 
 
-def _migrator_and_rules(
-    config: EplbConfig, model: ServedModel, backend: Backend, rank: int
-) -> tuple[Migrator | None, CycleRules]:
-    """Staging exists only where experts move; it is allocated here, before the engine measures its free
-    memory.
+def _new_migrator(config: EplbConfig, model: ServedModel, backend: Backend, rank: int) -> Migrator:
+    """Where experts move while serving, its staging is allocated once and here, before the engine measures
+    its free memory.
     """
-    migrator: Migrator | None = None
-    if config.moves_experts:
-        max_bytes = None if config.staging_memory_mb is None else int(config.staging_memory_mb * BYTES_PER_MB)
-        staging = Staging(
-            backend, model.expert_weights, max_bytes=max_bytes, layers_per_chunk=config.layer_updates_per_step
-        )
-        migrator = Migrator(backend, model.expert_weights, staging, rank, verify=config.verify_transfers)
-        warm_up_schedule()
-    return migrator, CycleRules(
+    max_bytes = None if config.staging_memory_mb is None else int(config.staging_memory_mb * BYTES_PER_MB)
+    staging = Staging(
+        backend, model.expert_weights, max_bytes=max_bytes, layers_per_chunk=config.layer_updates_per_step
+    )
+    warm_up_schedule()
+    return Migrator(backend, model.expert_weights, staging, rank, verify=config.verify_transfers)
+
+
+def _rules(config: EplbConfig, migrator: Migrator | None) -> CycleRules:
+    return CycleRules(
         moves_experts=config.moves_experts,
         plans=config.moves_experts or config.records_map,
         layers_per_chunk=config.layer_updates_per_step,
@@ -130,8 +165,9 @@ def _migrator_and_rules(
     )
 
 
-def _planner(config: EplbConfig, num_expert_groups: int) -> AlgorithmPlanner:
-    return AlgorithmPlanner(
+def _planner(config: EplbConfig, num_expert_groups: int, rank: int) -> AlgorithmPlanner:
+    """The configured algorithm, ready to plan on the rank that does."""
+    planner = AlgorithmPlanner(
         algorithm=config.algorithm,
         num_expert_groups=num_expert_groups,
         timeout_s=config.transfer_timeout_s,
@@ -139,6 +175,14 @@ def _planner(config: EplbConfig, num_expert_groups: int) -> AlgorithmPlanner:
         max_moved_experts_per_layer=config.max_moved_experts_per_layer,
         history=None if config.moves_experts else LoadHistory(),
     )
+    if config.observes and rank == PLANNING_RANK:
+        planner.warm_up()
+    return planner
+
+
+def _map_recorder(config: EplbConfig) -> MapRecorder | None:
+    path = config.expert_map_record_path
+    return None if path is None else MapRecorder(Path(path))
 
 
 def _heat_windows(config: EplbConfig, model: ServedModel) -> HeatWindows:

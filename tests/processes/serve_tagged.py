@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.distributed import Store
 
 from eplb_backends.cpu import CpuBackend
-from eplb_platform import EplbConfig, ExpertMap
+from eplb_platform import EplbConfig, ExpertMap, Topology
 from eplb_platform.balance import balancedness
 from eplb_platform.migration.schedule import Chunk
 from eplb_platform.runtime import Balancer, Stage, start_balancer
@@ -40,6 +40,8 @@ class Run:
     """Least time that a forward pass takes."""
     stop_in_stage: str = ""
     """Stop serving, on all ranks at one step, soon after rank 0's cycle has entered this stage."""
+    deploy: tuple[NDArray[np.int32] | None, ...] = ()
+    """What each rank deploys at start: [layers, physical], or None."""
     action: str = ""
     """Name of an `ACTIONS` entry, called before every step."""
 
@@ -47,12 +49,21 @@ class Run:
         """This run with other configuration keys."""
         return replace(self, config={**self.config, **config})
 
+    def map_to_deploy(self, rank: int, initial: ExpertMap) -> ExpertMap | None:
+        slots = self.deploy[rank] if self.deploy else None
+        return (
+            None
+            if slots is None
+            else ExpertMap(slots, initial.num_logical_experts, Topology(initial.topology.num_ranks))
+        )
+
 
 @dataclass(frozen=True)
 class RunResult:
     """What one rank saw."""
 
     wrong_tokens: int
+    misplaced_experts: int
     first_wrong_step: int | None
     stats: dict[str, int | float | str | None]
     state_before_close: str
@@ -173,7 +184,8 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     model = TaggedModel(backend, store, rank, num_ranks)
     observer = StageObserver(run, rank)
     config = EplbConfig.from_additional_config({"eplb_config": run.config}, environ={})
-    balancer = start_balancer(config, model, backend, store, rank, on_stage=observer)
+    deploy = run.map_to_deploy(rank, model.expert_map)
+    balancer = start_balancer(config, model, backend, store, rank, deploy=deploy, on_stage=observer)
     backend.watch()
     wrong: list[int] = []
     balanced: list[float] = []
@@ -194,6 +206,7 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     first_wrong = next((step for step, failed in enumerate(wrong) if failed), None)
     return RunResult(
         sum(wrong),
+        model.misplaced_experts(balancer.expert_map),
         first_wrong,
         balancer.stats.as_dict(),
         state,

@@ -30,10 +30,17 @@ class TaggedModel:
     with time.
     """
 
-    def __init__(self, backend: Backend, store: Store, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        store: Store,
+        rank: int,
+        num_ranks: int,
+        num_redundant_experts: int = NUM_REDUNDANT,
+    ) -> None:
         topology = Topology(num_ranks)
         self.rank = rank
-        self.expert_map = ExpertMap.initial(NUM_LAYERS, NUM_EXPERTS, topology, NUM_REDUNDANT)
+        self.expert_map = ExpertMap.initial(NUM_LAYERS, NUM_EXPERTS, topology, num_redundant_experts)
         self._backend = backend
         self._slots = self.expert_map.slots_per_rank
         self._group = ProcessGroupGloo(
@@ -53,6 +60,22 @@ class TaggedModel:
         self._counts = torch.from_numpy(np.array(self.expert_map.replica_count))
         self._width = width
         self.collectives = 0
+
+    def reload_weights(self, expert_map: ExpertMap) -> None:
+        """Put every expert where `expert_map` says, in place, as a checkpoint loader does."""
+        local = torch.from_numpy(np.array(expert_map.by_rank()[:, self.rank]))
+        for layer, (first, second) in enumerate(self.expert_weights):
+            first.copy_(tag(layer, local[layer]).float().unsqueeze(1))
+            second.copy_(tag(layer, local[layer]).unsqueeze(1))
+
+    def misplaced_experts(self, expert_map: ExpertMap) -> int:
+        """Slots of this rank whose weights are not those of the expert that `expert_map` has there."""
+        local = torch.from_numpy(np.array(expert_map.by_rank()[:, self.rank]))
+        wrong = 0
+        for layer, (first, second) in enumerate(self.expert_weights):
+            expected = tag(layer, local[layer]).unsqueeze(1)
+            wrong += int(((first != expected).any(1) | (second != expected).any(1)).sum())
+        return wrong
 
     def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
         tables = expert_map.logical_to_physical_padded(self._width)
