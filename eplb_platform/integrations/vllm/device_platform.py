@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _ASCEND = "npu"
@@ -36,12 +37,12 @@ class DevicePlatform:
     def of(cls, platform: object, uses_v2_runner: bool | None) -> DevicePlatform:
         """Read from an object as `vllm.platforms.current_platform`, whose newer methods may be missing."""
         device_type = str(getattr(platform, "device_type", ""))
-        supports_eplb = getattr(platform, "supports_eplb", None)
+        supports_eplb = _method(platform, "supports_eplb")
         return cls(
             device_type=device_type,
             # What is missing on the CPU, this plugin provides.
-            refuses_eplb=device_type != "cpu" and callable(supports_eplb) and not supports_eplb(),
-            chooses_communicator=callable(getattr(platform, "check_and_update_eplb_config", None)),
+            refuses_eplb=device_type != "cpu" and supports_eplb is not None and not supports_eplb(),
+            chooses_communicator=_method(platform, "check_and_update_eplb_config") is not None,
             uses_v2_runner=uses_v2_runner,
         )
 
@@ -61,3 +62,8 @@ class DevicePlatform:
         if self.chooses_communicator:
             return None
         return _COMMUNICATORS.get(self.device_type, "torch_gloo")
+
+
+def _method(platform: object, name: str) -> Callable[[], object] | None:
+    """A method of the platform; asked of its class, because vLLM's platforms warn of what they lack."""
+    return getattr(platform, name) if callable(getattr(type(platform), name, None)) else None
