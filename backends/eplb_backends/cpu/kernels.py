@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int32] | NDArray[np.int64]
-MapIds = Callable[[Integers, Integers, Integers, NDArray[np.int64], bool, int, NDArray[np.int64]], int]
+MapIds = Callable[[Integers, Integers, Integers, Integers, bool, int, NDArray[np.int64]], int]
 
 ALL_MAPPED = -1
 NOT_COUNTED = -2
@@ -33,7 +33,7 @@ def map_ids(
     logical_ids: Integers,
     logical_to_physical: Integers,
     replica_count: Integers,
-    load: NDArray[np.int64],
+    load: Integers,
     record: bool,
     offset: int,
     physical_ids: NDArray[np.int64],
@@ -72,9 +72,9 @@ def map_ids(
 
 def warm() -> None:
     """Compile for every combination of integer types that the forward path may bring."""
-    load = np.zeros(1, np.int64)
     one_32, one_64 = np.ones(1, np.int32), np.ones(1, np.int64)
     for ids in (one_32, one_64):
         for count in (one_32, one_64):
-            table = count.reshape(1, 1) - 1
-            map_ids(ids.reshape(1, 1) - 1, table, count, load, True, 0, np.empty((1, 1), np.int64))
+            for load in (one_32.copy(), one_64.copy()):
+                table = count.reshape(1, 1) - 1
+                map_ids(ids.reshape(1, 1) - 1, table, count, load, True, 0, np.empty((1, 1), np.int64))

@@ -24,8 +24,10 @@ def map_and_record(
             f"replica_count [logical]; got {list(logical_ids.shape)}, {list(logical_to_physical.shape)}, "
             f"{list(replica_count.shape)}"
         )
-    if load is not None and not (load.dtype == torch.int64 and load.is_contiguous()):
-        raise ValueError(f"load must be contiguous int64 to be counted into in place, got {load.dtype}")
+    if load is not None and not (load.dtype in (torch.int32, torch.int64) and load.is_contiguous()):
+        raise ValueError(
+            f"load must be contiguous int32 or int64 to be counted into in place, got {load.dtype}"
+        )
     physical_ids = torch.empty(logical_ids.shape, dtype=torch.int64)
     counted = _NO_LOAD if load is None else load.numpy()
     ids, table = _integers(logical_ids), _integers(logical_to_physical)
