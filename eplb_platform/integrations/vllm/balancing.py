@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from eplb_platform.backend import load_backend
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
-from eplb_platform.integrations.vllm import configuration
+from eplb_platform.integrations.vllm import deployed_map
 from eplb_platform.integrations.vllm.served_model import VllmModel
 from eplb_platform.integrations.vllm.stage_recording import StageMapRecorder
 from eplb_platform.runtime.start import start_balancer
@@ -93,11 +93,15 @@ class EngineBalancing:
         """This stage's layers of the static map, on this engine's nodes."""
         if self.config.expert_map_path is None:
             return None
-        layers = self._group.layers_of_stages()
-        part = configuration.part_of_map(
-            ExpertMap.load(self.config.expert_map_path), layers, self._group.stage
+        path, layers = self.config.expert_map_path, self._group.layers_of_stages()
+        part = deployed_map.part_of_map(
+            ExpertMap.load(path),
+            first_layer=sum(layers[: self._group.stage]),
+            num_layers=layers[self._group.stage],
+            total_layers=sum(layers),
+            path=path,
         )
-        configuration.check_fits(part, model.expert_map, self.config.expert_map_path)
+        deployed_map.check_fits(part, model.expert_map, path)
         return ExpertMap(part.physical_to_logical, part.num_logical_experts, self._group.topology)
 
     def _stage_recorder(self) -> StageMapRecorder | None:
