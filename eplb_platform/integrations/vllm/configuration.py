@@ -11,20 +11,21 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from eplb_platform.config import SECTION, ConfigError, EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.vllm import deployed_map, launch_checks, output_files
+from eplb_platform.integrations.vllm.compatibility import expect
 from eplb_platform.integrations.vllm.deployed_map import check_fits as check_fits
 from eplb_platform.integrations.vllm.deployed_map import part_of_map as part_of_map
 from eplb_platform.integrations.vllm.device_platform import DevicePlatform
 from eplb_platform.integrations.vllm.model_layers import moe_layers
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 HANDED_OVER = "EPLB_PLATFORM_CONFIG"
@@ -40,6 +41,31 @@ BAD_CONFIGURATION = 2
 _WINDOW_SIZE = 1
 # As in vLLM's log, whose level and form it takes.
 _logger = logging.getLogger("vllm.eplb_platform")
+
+
+expect(
+    "vllm.engine.arg_utils:EngineArgs",
+    "additional_config",
+    "data_parallel_size",
+    "enable_elastic_ep",
+    "enable_eplb",
+    "enable_expert_parallel",
+    "eplb_config",
+    "prefill_context_parallel_size",
+    "tensor_parallel_size",
+)
+expect("vllm.engine.arg_utils:EngineArgs.create_model_config", "self")
+expect(
+    "vllm.config:EPLBConfig",
+    "communicator",
+    "log_balancedness",
+    "log_balancedness_interval",
+    "num_redundant_experts",
+    "step_interval",
+    "use_async",
+    "window_size",
+)
+expect("vllm.config:ModelConfig.get_num_experts", "self")
 
 
 @dataclass(frozen=True)
@@ -97,7 +123,10 @@ def requested(engine_args: EngineArgs, platform: DevicePlatform | None = None) -
 def applied(
     engine_args: EngineArgs, serving: ServingConfig, platform: DevicePlatform | None = None
 ) -> Iterator[None]:
-    """vLLM's flags, set to what was requested while vLLM builds its configuration from them."""
+    """vLLM's flags, set to what was requested while vLLM builds its configuration from them.
+
+    The model is checked as soon as vLLM knows it: of a dense one vLLM itself would complain, at length.
+    """
     from vllm.config import EPLBConfig
 
     platform = platform or DevicePlatform.current()
@@ -113,11 +142,9 @@ def applied(
         use_async=False,
         communicator=platform.communicator,
     )
+    handing_over = _handed_over(engine_args, config) if platform.refuses_our_keys else nullcontext()
     try:
-        if platform.refuses_our_keys:
-            with _handed_over(engine_args, config):
-                yield
-        else:
+        with handing_over, _model_checked(engine_args, serving):
             yield
     finally:
         engine_args.enable_eplb, engine_args.eplb_config, engine_args.additional_config = before
@@ -125,18 +152,7 @@ def applied(
 
 def check_built(vllm_config: VllmConfig, serving: ServingConfig) -> None:
     """Raise ConfigError when the model that vLLM found cannot be balanced as requested."""
-    model = vllm_config.model_config
-    num_experts = int(model.get_num_experts() or 0)
-    if num_experts < 1:
-        raise ConfigError(f"{SECTION}: the model {model.model!r} has no experts to balance; leave it out")
-    ep_size = _ep_size(vllm_config.parallel_config)
-    if serving.expert_map is None:
-        _check_divisible(num_experts, serving.num_redundant_experts, ep_size)
-        return
-    layers = moe_layers(model.hf_text_config)
-    path = str(serving.eplb.expert_map_path)
-    deployed_map.check_ranks(serving.expert_map, ep_size, path)
-    deployed_map.check_model(serving.expert_map, num_experts, None if layers is None else len(layers), path)
+    _check_model(vllm_config.model_config, _ep_size(vllm_config.parallel_config), serving)
 
 
 def of_worker(vllm_config: VllmConfig) -> EplbConfig | None:
@@ -231,7 +247,38 @@ def _handed_over(engine_args: EngineArgs, config: EplbConfig) -> Iterator[None]:
         os.environ.update({name: value for name, value in switches.items() if value is not None})
 
 
-# --- when it is built ---
+@contextmanager
+def _model_checked(engine_args: EngineArgs, serving: ServingConfig) -> Iterator[None]:
+    """Have these arguments check the model that they find before they go on."""
+    create = engine_args.create_model_config
+
+    def create_model_config() -> ModelConfig:
+        model_config = create()
+        _check_model(model_config, launch_checks.ep_size_of(engine_args), serving)
+        return model_config
+
+    # Of this one object: the class stays as it is.
+    vars(engine_args)["create_model_config"] = create_model_config
+    try:
+        yield
+    finally:
+        del vars(engine_args)["create_model_config"]
+
+
+# --- when the model is known ---
+
+
+def _check_model(model_config: ModelConfig, ep_size: int, serving: ServingConfig) -> None:
+    num_experts = int(model_config.get_num_experts() or 0)
+    if num_experts < 1:
+        raise ConfigError(f"{SECTION}: the model {model_config.model!r} has no experts to balance")
+    if serving.expert_map is None:
+        _check_divisible(num_experts, serving.num_redundant_experts, ep_size)
+        return
+    layers = moe_layers(model_config.hf_text_config)
+    path = str(serving.eplb.expert_map_path)
+    deployed_map.check_ranks(serving.expert_map, ep_size, path)
+    deployed_map.check_model(serving.expert_map, num_experts, None if layers is None else len(layers), path)
 
 
 def _ep_size(parallel_config: object) -> int:
