@@ -60,7 +60,7 @@ class ModelStatus(_Validated):
     stall_s: _Seconds
     records_written: _Count
     failed_records: _Count
-    trace_steps: _Count = 0
+    trace_steps: _Count | None
     balancedness: _Ratio | None
     worst_layer_balancedness: _Ratio | None
 

@@ -176,7 +176,9 @@ METRICS = (
         lambda seen: {("written",): seen.status.records_written, ("failed",): seen.status.failed_records},
         own_labels=("result",),
     ),
-    Metric("trace_steps", Kind.COUNTER, "Steps recorded in the load trace.", _field("trace_steps")),
+    Metric(
+        "trace_steps", Kind.COUNTER, "Steps in the load trace; absent without one.", _field("trace_steps"),
+    ),
     Metric(
         "alive", Kind.GAUGE,
         f"1 while the rank is heard of and no step is stuck, both within {ALIVE_WITHIN_S:g} s; 0 otherwise.",

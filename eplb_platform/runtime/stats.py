@@ -35,6 +35,8 @@ class BalancerStats:
     transfer_s: float = 0.0
     records_written: int = 0
     failed_records: int = 0
+    trace_steps: int | None = None
+    """Steps in the load trace; None where none is recorded."""
     first_commit_step: int | None = None
     last_success_step: int | None = None
     balancedness: float | None = None
