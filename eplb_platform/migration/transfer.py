@@ -62,20 +62,27 @@ class Migrator:
         verify: bool = False,
     ) -> None:
         self._backend = backend
-        self._weights = [[_detached(parameter) for parameter in parameters] for parameters in expert_weights]
         self.staging = staging
         self._device = staging.buffers[0][0].device
         self._rank = rank
         self._verify = verify
-        self._staged: _Staged | None = None
-        # What the forward stream did to the weights until now, their loading included, precedes any fetch.
-        self._swapped = backend.streams.record()
+        self.follow(expert_weights)
         self.bytes_received = 0
         """Bytes of expert weights fetched from other ranks, whether they were committed or not."""
         self.experts_received = 0
         """Experts committed that came from another rank."""
         self.experts_copied = 0
         """Experts committed that came from another slot of this rank."""
+
+    def follow(self, expert_weights: ExpertWeights) -> None:
+        """The weights were loaded, perhaps into other tensors of the same shapes; what is staged is void.
+
+        Forward thread and stream, while no `fetch` runs.
+        """
+        self._weights = [[_detached(parameter) for parameter in parameters] for parameters in expert_weights]
+        self._staged: _Staged | None = None
+        # What the forward stream did to the weights until now, their loading included, precedes any fetch.
+        self._swapped = self._backend.streams.record()
 
     def fetch(self, chunk: Chunk) -> None:
         """Receive this rank's new experts of `chunk` into staging, and send what other ranks need.

@@ -6,6 +6,7 @@ from eplb_platform.runtime.balancer import Balancer
 from eplb_platform.runtime.cycle import Stage
 from eplb_platform.runtime.deployment import DeploymentError
 from eplb_platform.runtime.gate import ForwardStopped
+from eplb_platform.runtime.meeting import MeetingFailed
 from eplb_platform.runtime.served_model import ServedModel
 from eplb_platform.runtime.start import start_balancer
 from eplb_platform.runtime.stats import BalancerStats
@@ -15,6 +16,7 @@ __all__ = [
     "BalancerStats",
     "DeploymentError",
     "ForwardStopped",
+    "MeetingFailed",
     "ServedModel",
     "Stage",
     "start_balancer",

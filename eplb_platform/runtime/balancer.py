@@ -24,6 +24,8 @@ from eplb_platform.runtime.cycle import (
     RankLink,
     Stage,
 )
+from eplb_platform.runtime.gate import ForwardStopped
+from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.ports import Planner, Recorder, run_blocking
 from eplb_platform.runtime.production import BackgroundThread
 from eplb_platform.runtime.served_model import ServedModel
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUTS = 2.0
 """The forward thread waits for a decision at most this many transfer time-outs."""
+LOOK_AGAIN_S = 0.005
 
 
 class LockedHeat:
@@ -76,6 +79,7 @@ class Balancer:
         config: EplbConfig,
         model: ServedModel,
         link: RankLink,
+        meetings: ForwardMeetings,
         rules: CycleRules,
         *,
         expert_map: ExpertMap,
@@ -92,6 +96,7 @@ class Balancer:
         self._model = model
         self._expert_map = expert_map
         self._link = link
+        self._meetings = meetings
         self._rules = rules
         self._heat = heat
         self._migrator = migrator
@@ -110,6 +115,7 @@ class Balancer:
         self._is_requested = False
         self._is_paused = False
         self._is_closed = False
+        self._wish_to_end = ""
 
     # --- the engine's calls, all on the forward thread ---
 
@@ -156,6 +162,41 @@ class Balancer:
         Call it on every rank: a rank that was not asked joins only when its own interval ends.
         """
         self._is_requested = True
+
+    def invalidate(self, expert_map: ExpertMap, *, timeout_s: float | None = None) -> None:
+        """The engine loads its weights anew, in the places of `expert_map`: route by it from now on.
+
+        Call it on every rank with the same map, between two passes, right before the weights are written
+        (then an error leaves a model that can serve on) or right after. The running cycle ends, and a commit
+        that is agreed for a later step is executed by no rank. Collected load is kept, it is in logical
+        experts.
+
+        timeout_s: how long to wait for the other ranks; the transfer time-out by default
+        Raises ValueError for a map of another shape, `MeetingFailed` when not every rank came in time with
+        the same map: nothing was changed on any rank then. Raises `ForwardStopped` when this rank must not
+        serve on.
+        """
+        self._check_shape(expert_map)
+        self._meet("invalidate", expert_map.digest(), timeout_s)
+        gate = self._link.gate
+        gate.drop_commits()
+        self._await_end_of_cycle("invalidate")
+        gate.reopen()
+        self._expert_map = expert_map
+        if self._migrator is not None:
+            self._migrator.follow(self._model.expert_weights)
+        self._model.apply_map(range(expert_map.num_layers), expert_map)
+        self.stats.invalidations += 1
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """End the running cycle on all ranks and return when nothing is left of it: before an engine sleeps.
+
+        Call it on every rank, between two passes. A commit that is agreed for a later step is executed now,
+        by every rank. The next `step` may start a cycle again, unless paused. Arguments and errors as of
+        `invalidate`.
+        """
+        self._meet("drain", "", timeout_s)
+        self._await_end_of_cycle("drain")
 
     def close(self) -> None:
         """End the running cycle, stop the background thread and give back the group. Idempotent."""
@@ -254,6 +295,37 @@ class Balancer:
         interval = self.config.expert_heat_collection_interval
         return self._is_requested or self.stats.steps - self._last_start >= interval
 
+    def _check_shape(self, expert_map: ExpertMap) -> None:
+        in_force = self._expert_map
+        if (
+            expert_map.physical_to_logical.shape != in_force.physical_to_logical.shape
+            or expert_map.num_logical_experts != in_force.num_logical_experts
+            or expert_map.topology != in_force.topology
+        ):
+            raise ValueError(f"{expert_map!r} cannot replace {in_force!r}: they differ in shape or topology")
+
+    def _meet(self, purpose: str, content: str, timeout_s: float | None) -> None:
+        """All forward threads are here when this returns, and agree on the number of the next cycle."""
+        limit = self._rules.timeout_s if timeout_s is None else timeout_s
+        self._wish_to_end = f"{purpose} was called"
+        try:
+            self._next_cycle = self._meetings.hold(purpose, content, self._next_cycle, limit)
+        except BaseException:
+            self._wish_to_end = ""
+            raise
+        self._last_start = self.stats.steps
+
+    def _await_end_of_cycle(self, purpose: str) -> None:
+        """Ranks learn of an agreed commit one after the other; each that does executes it at once."""
+        deadline = self._link.clock.now() + ANSWER_TIMEOUTS * self._rules.timeout_s
+        while not self._background.wait_idle(LOOK_AGAIN_S):
+            chunk = self._link.gate.agreed_chunk()
+            if chunk is not None:
+                self._commit(chunk)
+            if self._link.clock.now() > deadline:
+                raise ForwardStopped(f"{purpose}: the background thread is still in {self.state}")
+        self._wish_to_end = ""
+
     def _start_cycle(self) -> None:
         self._is_requested = False
         self._last_start = self.stats.steps
@@ -278,7 +350,7 @@ class Balancer:
             self._stage = None
 
     def _why_end(self) -> str:
-        return "closing" if self._is_closed else "paused" if self._is_paused else ""
+        return "closing" if self._is_closed else "paused" if self._is_paused else self._wish_to_end
 
     def _enter(self, stage: Stage) -> None:
         self._stage = stage

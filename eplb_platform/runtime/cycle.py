@@ -22,7 +22,7 @@ from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk, build_schedule
 from eplb_platform.records import RecordError
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, map_fingerprint, same
-from eplb_platform.runtime.gate import CommitGate
+from eplb_platform.runtime.gate import CommitGate, CommitsDropped
 from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ class Cycle:
         """Take part in the cycle until it ends on this rank."""
         try:
             await self._run()
+        except CommitsDropped as dropped:
+            await self._end(str(dropped), Outcome.CANCELLED)
         except CycleAborted as aborted:
             await self._end(str(aborted), Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED)
         except Exception as error:
@@ -288,6 +290,8 @@ class Cycle:
         """However long the engine takes no step: the staging is in use until then."""
         gate = self._link.gate
         await self._link.clock.until(lambda: gate.is_committed or gate.is_closed)
+        if gate.is_dropping:
+            raise CommitsDropped("no commit of this cycle will be executed")
         if not gate.is_committed:
             raise CycleAborted(f"rank {self._link.rank}: closing", is_cancelled=True)
 

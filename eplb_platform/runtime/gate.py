@@ -16,6 +16,10 @@ class ForwardStopped(RuntimeError):
     """This rank cannot learn whether a commit was agreed, so it must not run another forward pass."""
 
 
+class CommitsDropped(RuntimeError):
+    """All ranks agreed that no commit of the running cycle will be executed."""
+
+
 class CommitGate:
     """Shared state of the two threads, guarded by one condition (`changed`)."""
 
@@ -26,6 +30,7 @@ class CommitGate:
         self._chunk: Chunk | None = None
         self._commit_at: int | None = None
         self._failure: BaseException | None = None
+        self._is_dropping = False
         self._is_closed = False
 
     @property
@@ -39,16 +44,21 @@ class CommitGate:
         """Offer a boundary and promise, in the same instant, not to pass it unanswered.
 
         Raises `ForwardStopped` after `fail`: a new promise would cover up the one that nobody can answer.
+        Raises `CommitsDropped` between `drop_commits` and `reopen`.
         """
         with self.changed:
+            if self._is_dropping:
+                raise CommitsDropped("no commit of this cycle will be executed")
             if self._failure is not None:
                 raise ForwardStopped(f"an earlier promise cannot be answered: {self._failure}")
             self._promise = max(self._boundary + max(margin, 1), not_before)
             return self._promise
 
     def commit_at(self, boundary: int, chunk: Chunk) -> None:
-        """All ranks agreed: the forward thread commits `chunk` at `boundary`."""
+        """All ranks agreed: the forward thread commits `chunk` at `boundary`, unless commits are dropped."""
         with self.changed:
+            if self._is_dropping:
+                return
             self._commit_at, self._chunk, self._promise = boundary, chunk, None
             self.changed.notify_all()
 
@@ -61,13 +71,19 @@ class CommitGate:
     def fail(self, failure: BaseException) -> None:
         """The decision cannot be learnt: the forward thread stops when it reaches its promise."""
         with self.changed:
-            self._failure = failure
+            if self._promise is not None:
+                self._failure = failure
             self.changed.notify_all()
 
     @property
     def is_committed(self) -> bool:
         """Whether no agreed commit is left to be executed."""
         return self._commit_at is None
+
+    @property
+    def is_dropping(self) -> bool:
+        """Whether all ranks have agreed to execute no commit of the running cycle."""
+        return self._is_dropping
 
     @property
     def is_closed(self) -> bool:
@@ -103,6 +119,27 @@ class CommitGate:
         with self.changed:
             self._commit_at = self._chunk = None
             self.changed.notify_all()
+
+    def agreed_chunk(self) -> Chunk | None:
+        """The chunk whose commit is agreed and not executed yet, whatever its boundary; for when the forward
+        threads of all ranks are between two passes.
+        """
+        return self._chunk
+
+    def drop_commits(self) -> None:
+        """Execute no commit of the running cycle: the forward threads of all ranks have agreed on it.
+
+        Void every promise too, answered or not. In force until `reopen`.
+        """
+        with self.changed:
+            self._is_dropping = True
+            self._promise = self._commit_at = self._chunk = self._failure = None
+            self.changed.notify_all()
+
+    def reopen(self) -> None:
+        """The running cycle has ended: commits of later ones are executed."""
+        with self.changed:
+            self._is_dropping = False
 
     def close(self) -> None:
         """The forward thread makes no more passes: what is agreed and not committed yet never will be."""

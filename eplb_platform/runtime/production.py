@@ -92,6 +92,11 @@ class BackgroundThread:
                 self._thread.start()
             self._wake.notify_all()
 
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether no job is waiting or running, at the latest after `timeout_s` seconds."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self._job is None, timeout_s)
+
     def close(self, timeout_s: float) -> bool:
         """Let the running job end and stop the thread; False when it did not end within `timeout_s`
         seconds.
@@ -111,7 +116,9 @@ class BackgroundThread:
             except Exception:
                 logger.exception("%s: a job failed", self._name)
             finally:
-                self._job = None
+                with self._wake:
+                    self._job = None
+                    self._wake.notify_all()
 
     def _next_job(self) -> Callable[[], None] | None:
         with self._wake:

@@ -20,6 +20,7 @@ from eplb_platform.runtime.balancer import Balancer, LockedHeat
 from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import CommitGate
+from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
 from eplb_platform.runtime.ports import Planner, Recorder
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
@@ -88,6 +89,9 @@ def start_balancer(
             config,
             model,
             link,
+            ForwardMeetings(
+                StoreControlPlane(PrefixStore(name, _client_of(store))), link.clock, rank, num_ranks
+            ),
             _rules(config, migrator),
             expert_map=expert_map,
             heat=LockedHeat(_heat_windows(config, model)),

@@ -23,6 +23,7 @@ class BalancerStats:
     failed_cycles: int = 0
     cancelled_cycles: int = 0
     commits: int = 0
+    invalidations: int = 0
     moved_experts: int = 0
     skipped_layers: int = 0
     bytes_received: int = 0
