@@ -99,9 +99,9 @@ class WorkerHooks:
         self._balancing.end_of_loading()
         folder = metrics.state_folder()
         if folder is not None:
-            shot = self._balancing.snapshot()
-            name = f"stage-{shot['stage']}-rank-{shot['rank']}"
-            self._publisher = metrics.SnapshotPublisher(folder, name, self._balancing.snapshot)
+            place = self._balancing.status()
+            name = f"stage-{place['stage']}-rank-{place['rank']}"
+            self._publisher = metrics.SnapshotPublisher(folder, name, self._balancing.status)
             self._publisher.start()
 
     def _execute_model(
