@@ -184,6 +184,18 @@ def test_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "it lacks vllm.config:ModelConfig.get_num_experts" in refusal({"dynamic_eplb": True})
 
 
+def test_llm_raises_the_same() -> None:
+    from vllm import LLM
+
+    with pytest.raises(ConfigError, match="add --enable-expert-parallel"):
+        LLM(
+            str(CHECKPOINT),
+            tensor_parallel_size=2,
+            skip_tokenizer_init=True,
+            additional_config={"eplb_config": {"dynamic_eplb": True}},
+        )
+
+
 # --- real servers ---
 
 

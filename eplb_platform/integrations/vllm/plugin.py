@@ -64,7 +64,8 @@ def _wrap_workers(worker_base: ModuleType) -> None:
     @functools.wraps(initialise)
     def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         initialise(self, vllm_config, *args, **kwargs)
-        if not vllm_config.additional_config:
+        # Not additional_config: on Ascend our keys are not in it.
+        if not vllm_config.parallel_config.enable_eplb:
             return
         from eplb_platform.integrations.vllm import configuration
 
