@@ -42,8 +42,8 @@ class Adaptive(Algorithm):
     """Local search on the hottest rank over windows, at a price for each move.
 
     move_price: what moving every expert of a layer once may cost, in mean rank loads: a move must lower the
-        hottest rank by at least move_price / slots of it. Lower in step with p where noise asks for a norm of
-        p below 64, which sees less of a gain.
+        hottest rank by at least move_price / slots of it. Less where noise asks for a smooth norm, which sees
+        only part of a gain: an eighth at p = 32, where an even smoother one makes every move more of a bet.
     cross_node_factor: how much dearer a move is when no rank of the node has the expert
     max_moved_per_layer, max_moved_per_rank_pair (from one rank to another, in a layer), max_moved_per_cycle
         (over layers; those with the most gain for each move go first): hard limits on moved experts, none by

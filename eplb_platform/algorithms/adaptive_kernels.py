@@ -1013,7 +1013,9 @@ def repair_layers(
     """
     num_experts = load.shape[1]
     for layer in layers:
-        fee = price / placed[layer].size * min(1.0, 2.0 ** (squarings[layer] - 6))
+        # A smoother norm sees less of what a move gains, but with more noise that is more of a bet.
+        seen = max(2.0 ** (squarings[layer] - 8), 2.0 ** (2 - squarings[layer]))
+        fee = price / placed[layer].size * min(1.0, seen)
         home, fees = find_homes(current[layer], node, num_experts, fee, cross_node)
         mean = np.zeros(num_experts)
         for expert in range(num_experts):
