@@ -1,4 +1,4 @@
-"""Experts on CPUs that compute only what is theirs: against vLLM's own kernel with all experts on one rank."""
+"""Experts on CPUs that compute only what is theirs: beside vLLM's own kernel with all experts on one rank."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def make_layer(dtype: torch.dtype = torch.float32, *, has_bias: bool = False) ->
 def parallel_config(num_ranks: int) -> FusedMoEParallelConfig:
     is_parallel = num_ranks > 1
     return FusedMoEParallelConfig(
-        tp_size=1, pcp_size=1, dp_size=1, ep_size=num_ranks, tp_rank=0, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
-        use_ep=is_parallel, all2all_backend="allgather_reducescatter", enable_eplb=is_parallel,
+        tp_size=1, pcp_size=1, dp_size=1, ep_size=num_ranks, tp_rank=0, pcp_rank=0, dp_rank=0, ep_rank=0,
+        sp_size=1, use_ep=is_parallel, all2all_backend="allgather_reducescatter", enable_eplb=is_parallel,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def compute(
     slots: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The part of `rank`, through vLLM's class. slots: [physical], the logical expert of each; one each if None."""
+    """The part of `rank`, through vLLM's class. slots: [physical], logical experts; all once if None."""
     slots = torch.arange(EXPERTS) if slots is None else slots
     num_local, expert_map, _ = determine_expert_map(num_ranks, rank, len(slots))
     own = slots if expert_map is None else slots[expert_map >= 0]
@@ -111,8 +111,8 @@ def compute(
     experts.apply(
         output=output, hidden_states=layer.hidden_states, w1=module.w13_weight, w2=module.w2_weight,
         topk_weights=layer.weights, topk_ids=layer.ids if ids is None else ids, activation=MoEActivation.SILU,
-        global_num_experts=len(slots), expert_map=expert_map, a1q_scale=None, a2_scale=None, workspace13=empty,
-        workspace2=empty, expert_tokens_meta=None, apply_router_weight_on_input=False,
+        global_num_experts=len(slots), expert_map=expert_map, a1q_scale=None, a2_scale=None,
+        workspace13=empty, workspace2=empty, expert_tokens_meta=None, apply_router_weight_on_input=False,
     )  # fmt: skip
     return output
 
@@ -229,7 +229,7 @@ def test_the_kernel_computes_local_pairs_only(monkeypatch: pytest.MonkeyPatch) -
 def test_every_class_of_vllm_gives_its_kernel_local_ids(
     experts: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels for other processors cannot run here: a stand-in with their signature shows what they are given."""
+    """Kernels for other processors cannot run here: a stand-in in their place shows what they are given."""
     apply = compatibility.original(experts.apply)
     seen = {}
 

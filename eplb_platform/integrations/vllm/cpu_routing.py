@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.router import base_router
@@ -13,7 +15,14 @@ from eplb_platform.integrations.vllm.compatibility import replace
 
 def install() -> None:
     """Let vLLM's routers map and count. Idempotent."""
-    replace(base_router, "eplb_map_to_physical_and_record", lambda _: map_to_physical_and_record)
+    replace(base_router, "eplb_map_to_physical_and_record", _instead_of_identity)
+
+
+def _instead_of_identity(_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def map_and_record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return map_to_physical_and_record(*args, **kwargs)
+
+    return map_and_record
 
 
 def map_to_physical_and_record(
