@@ -45,7 +45,7 @@ def balancedness(rank_load: ArrayLike, topology: Topology | None = None) -> _Flo
     topology: says which ranks are active, all by default
     """
     mean, hottest = _mean_and_max(rank_load, topology)
-    return _ratio(mean, hottest)
+    return mean_over_max(mean, hottest)
 
 
 def window_balancedness(expert_map: ExpertMap, load: ArrayLike) -> _Floats:
@@ -53,9 +53,17 @@ def window_balancedness(expert_map: ExpertMap, load: ArrayLike) -> _Floats:
 
     load: [windows, layers, logical] or [layers, logical], tokens per logical expert
     """
+    return mean_over_max(*window_rank_load(expert_map, load))
+
+
+def window_rank_load(expert_map: ExpertMap, load: ArrayLike) -> tuple[_Floats, _Floats]:
+    """Mean and maximum over the active ranks, both [layers], summed over the windows.
+
+    load: [windows, layers, logical] or [layers, logical], tokens per logical expert
+    """
     windows = as_windows(load)
     mean, hottest = _mean_and_max(rank_load(expert_map, windows), expert_map.topology)
-    return _ratio(mean.sum(axis=0), hottest.sum(axis=0))
+    return mean.sum(axis=0), hottest.sum(axis=0)
 
 
 def imbalance_ratio(rank_load: ArrayLike, topology: Topology | None = None) -> _Floats:
@@ -129,7 +137,7 @@ def _mean_and_max(rank_load: ArrayLike, topology: Topology | None) -> tuple[_Flo
     return loads.mean(axis=-1), loads.max(axis=-1)
 
 
-def _ratio(mean: _Floats, hottest: _Floats) -> _Floats:
+def mean_over_max(mean: _Floats, hottest: _Floats) -> _Floats:
     """mean / hottest, 1 without load; rounding may have lifted the mean above the maximum."""
     return np.minimum(np.divide(mean, hottest, out=np.ones_like(mean), where=hottest > 0), 1.0)
 

@@ -72,6 +72,7 @@ class Balancer:
     passes included, so that all ranks count the same passes. Built by `start_balancer`.
 
     expert_map: what the weights follow now
+    model_name: for the log
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Balancer:
         meetings: ForwardMeetings,
         rules: CycleRules,
         *,
+        model_name: str,
         expert_map: ExpertMap,
         heat: LockedHeat,
         migrator: Migrator | None,
@@ -94,6 +96,7 @@ class Balancer:
         self.config = config
         self.stats = BalancerStats()
         self._model = model
+        self._model_name = model_name
         self._expert_map = expert_map
         self._link = link
         self._meetings = meetings
@@ -182,7 +185,7 @@ class Balancer:
         gate.drop_commits()
         self._await_end_of_cycle("invalidate")
         gate.reopen()
-        self._expert_map = expert_map
+        self._expert_map, self._map_since = expert_map, self._link.clock.now()
         if self._migrator is not None:
             self._migrator.follow(self._model.expert_weights)
         self._model.apply_map(range(expert_map.num_layers), expert_map)
@@ -390,16 +393,26 @@ class Balancer:
     def _account_balancedness(self, report: CycleReport) -> None:
         if report.balancedness is None:
             return
-        stats = self.stats
-        stats.balancedness = float(report.balancedness.mean())
-        stats.worst_layer_balancedness = float(report.balancedness.min())
-        since_last = stats.steps - self._last_balancedness_line
+        self.stats.balancedness = float(report.balancedness.mean())
+        self.stats.worst_layer_balancedness = float(report.balancedness.min())
+        step = self._last_start
+        since_last = step - self._last_balancedness_line
         if self.config.log_balancedness and since_last >= self.config.log_balancedness_interval:
-            self._last_balancedness_line = stats.steps
-            logger.info(
-                "step %d: balancedness %.3f, worst layer %.3f",
-                stats.steps, stats.balancedness, stats.worst_layer_balancedness,
-            )  # fmt: skip
+            self._last_balancedness_line = step
+            self._log_balancedness(step, report)
+
+    def _log_balancedness(self, step: int, report: CycleReport) -> None:
+        """What vLLM's line of that name says of a step, summed over layers, for a collection of steps."""
+        if report.rank_load is None:
+            return
+        mean, hottest = (float(tokens.sum()) for tokens in report.rank_load)
+        logger.info(
+            "EPLB step %d, model %s: avg_tokens=%.2f, max_tokens=%.0f, balancedness=%.4f "
+            "(mean over layers %.4f, worst layer %.4f) in this collection, steps to the end of the next: %d",
+            step, self._model_name, mean, hottest, mean / hottest if hottest else 1.0,
+            self.stats.balancedness, self.stats.worst_layer_balancedness,
+            max(0, step + self.config.expert_heat_collection_interval - self.stats.steps),
+        )  # fmt: skip
 
     def _log(self, report: CycleReport) -> None:
         """One line for each cycle from the rank that plans; failures from every rank that saw one."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_platform.balance import moved_experts, window_balancedness
+from eplb_platform.balance import mean_over_max, moved_experts, window_balancedness, window_rank_load
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk, build_schedule
 from eplb_platform.records import RecordError
@@ -85,11 +85,17 @@ class CycleReport:
     moved_experts: int = 0
     skipped_layers: tuple[int, ...] = ()
     record_error: str = ""
-    balancedness: NDArray[np.float64] | None = None
-    """[layers], of the map in force on the collected load; on the rank that plans."""
+    rank_load: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    """Mean and maximum over ranks, [layers] each, of the map in force on the collected load; on the rank that
+    plans."""
     planned_balancedness: NDArray[np.float64] | None = None
     """[layers], of the planned map on the same load."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def balancedness(self) -> NDArray[np.float64] | None:
+        """[layers], of `rank_load`."""
+        return None if self.rank_load is None else mean_over_max(*self.rank_load)
 
 
 class Heat(Protocol):
@@ -184,7 +190,7 @@ class Cycle:
             await self._record(self._map, keep_earlier=not self._rules.moves_experts)
             return
         if self._link.rank == PLANNING_RANK:
-            self.report.balancedness = window_balancedness(self._map, load)
+            self.report.rank_load = window_rank_load(self._map, load)
         if not self._rules.plans:
             return
         planned = await self._plan(load)

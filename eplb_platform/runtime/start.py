@@ -47,6 +47,7 @@ def start_balancer(
     *,
     num_expert_groups: int = 1,
     name: str = "eplb",
+    model_name: str | None = None,
     deploy: ExpertMap | None = None,
     planner: Planner | None = None,
     recorder: Recorder | None = None,
@@ -56,6 +57,7 @@ def start_balancer(
 
     store: shared by all ranks; the balancer and its backend take clients of their own.
     name: keeps the keys of several models in one store apart.
+    model_name: for the log; `name` by default.
     deploy: a map, the same on every rank, that the weights are moved to before this returns; balancing
         starts from there. The number of nodes is that of `model.expert_map`, whatever a file says.
     planner: plans in place of the configured algorithm.
@@ -93,6 +95,7 @@ def start_balancer(
                 StoreControlPlane(PrefixStore(name, _client_of(store))), link.clock, rank, num_ranks
             ),
             _rules(config, migrator),
+            model_name=model_name or name,
             expert_map=expert_map,
             heat=LockedHeat(_heat_windows(config, model)),
             migrator=migrator,

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch.distributed import TCPStore
 
 from eplb_platform import EplbConfig, ExpertMap, Topology, load_backend
-from eplb_platform.runtime import BalancerStats, start_balancer
+from eplb_platform.runtime import Balancer, BalancerStats, start_balancer
 from eplb_platform.runtime.cycle import Stage
 from eplb_platform.snapshot_files import ModelStatus, Snapshot, SnapshotPublisher, read_snapshots
 from eplb_platform.telemetry import ALIVE_WITHIN_S, METRICS, PREFIX, STATES, Metric, SnapshotCollector
@@ -151,6 +152,17 @@ def test_a_model_name_may_hold_anything() -> None:
     assert scrape(worker)["eplb_commits_total"] == 4
 
 
+def test_balancedness_is_logged_with_what_vllm_s_line_has(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "eplb_platform.runtime.balancer")
+    with after_cycles(9, log_balancedness=True, log_balancedness_interval=6):
+        lines = [record.getMessage() for record in caplog.records if "balancedness=" in record.getMessage()]
+    steps = [int(line.removeprefix("EPLB step ").partition(",")[0]) for line in lines]
+    assert len(steps) >= 2
+    assert min(np.diff([0, *steps])) >= 6, "no two lines within the interval"
+    assert "model tiny: avg_tokens=16.00, max_tokens=16, balancedness=1.0000" in lines[0]
+    assert "worst layer 1.0000" in lines[0]
+
+
 # --- files ---
 
 
@@ -252,19 +264,30 @@ class OneRankModel:
     def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None: ...
 
 
-def test_what_a_balancer_says_of_itself_is_what_a_scrape_shows() -> None:
+@contextmanager
+def after_cycles(cycles: int, **keys: object) -> Iterator[Balancer]:
+    """A balancer that is its own group, after so many cycles, each on the load of two steps."""
     store = TCPStore("127.0.0.1", 0, is_master=True)
-    config = EplbConfig(dynamic_eplb=True, expert_heat_collection_interval=2, algorithm_execution_interval=0)
-    balancer = start_balancer(config, OneRankModel(), load_backend("cpu"), store, rank=0)
+    given = {"expert_heat_collection_interval": 2, "algorithm_execution_interval": 0, **keys}
+    config = EplbConfig.from_additional_config({"eplb_config": given})
+    model, backend = OneRankModel(), load_backend("cpu")
+    balancer = start_balancer(config, model, backend, store, rank=0, model_name="tiny")
     try:
-        for _ in range(2):
+        deadline = time.monotonic() + 30
+        while balancer.stats.cycles < cycles:
+            assert time.monotonic() < deadline, balancer.stats
             balancer.step(np.ones((2, 4), dtype=np.int64))
-        wait_for(lambda: balancer.stats.cycles)
-        samples = scrape({**snapshot(), "models": {"moe": balancer.status()}})
+            time.sleep(0.002)
+        yield balancer
     finally:
         balancer.close()
-    assert samples['eplb_cycles_total{outcome="stayed"}'] == 1
-    assert samples['eplb_steps_total{rank="0"}'] == 2
+
+
+def test_what_a_balancer_says_of_itself_is_what_a_scrape_shows() -> None:
+    with after_cycles(2, dynamic_eplb=True) as balancer:
+        samples = scrape({**snapshot(), "models": {"moe": balancer.status()}})
+    assert samples['eplb_cycles_total{outcome="stayed"}'] == 2
+    assert samples['eplb_steps_total{rank="0"}'] == balancer.stats.steps >= 4
     assert samples["eplb_load_balance_ratio"] == 1
     assert samples['eplb_alive{rank="0"}'] == 1
     assert 0 <= samples["eplb_last_cycle_age_seconds"] <= samples["eplb_map_age_seconds"]

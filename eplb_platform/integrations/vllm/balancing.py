@@ -67,6 +67,7 @@ class EngineBalancing:
             group.rank,
             num_expert_groups=model.num_expert_groups,
             name=name,
+            model_name=model.name,
             deploy=self._map_to_deploy(model) if is_main else None,
             recorder=self._stage_recorder() if is_main else None,
         )
