@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class NothingToBalance(RuntimeError):
+    """The model has no experts that could be placed."""
+
+
 class WeightUpdateRefused(RuntimeError):
     """New weights cannot be loaded while experts are out of the checkpoint loader's places."""
 
@@ -83,8 +87,16 @@ class EngineBalancing:
             )  # fmt: skip
 
     def end_of_loading(self) -> None:
-        """All models are loaded; a stage without experts says so to those that wait for its count."""
+        """All models are loaded; a stage without experts says so to those that wait for its count.
+
+        Raises `NothingToBalance` when no stage has a model that lets its experts be placed.
+        """
         self._group.publish_layers(0)
+        if not self._models and not any(self._group.layers_of_stages()):
+            raise NothingToBalance(
+                f"eplb_config: vLLM's class of {self._vllm_config.model_config.model} does not let its "
+                "experts be placed (it is no MixtureOfExperts): leave eplb_config out"
+            )
 
     def is_main_model(self, model_config: object) -> bool:
         """Whether it is the engine's own model, and not the draft model beside it."""

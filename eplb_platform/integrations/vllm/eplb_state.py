@@ -12,35 +12,37 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from eplb_platform.integrations.vllm.balancing import EngineBalancing
+from eplb_platform.integrations.vllm.compatibility import expect, replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-REPLACED = (
-    "__init__",
-    "add_model",
-    "step",
-    "rearrange",
-    "start_async_loop",
-    "drain_async",
-    "update_mapping",
-)
+_MODULE = "vllm.distributed.eplb.eplb_state"
+_REPLACED = {
+    "__init__": ("parallel_config", "device"),
+    "add_model": ("model", "model_config", "model_name"),
+    "step": ("is_dummy", "is_profile", "log_stats"),
+    "rearrange": (),
+    "start_async_loop": (),
+    "drain_async": (),
+    "update_mapping": (),
+}
+"""The methods, with the parameters that our replacements count on."""
 
-_is_taken_over = False
+for _name, _parameters in _REPLACED.items():
+    expect(f"{_MODULE}:EplbState.{_name}", *_parameters)
+expect(f"{_MODULE}:create_eplb_communicator")
+expect(f"{_MODULE}:EplbState.prepare_forward")  # left as it is: the routers count by it
+
 _driver: ContextVar[EngineBalancing | None] = ContextVar("eplb_driver", default=None)
 
 
 def take_over() -> None:
     """Replace the methods of this process's `EplbState`. Idempotent."""
-    global _is_taken_over
-    if _is_taken_over:
-        return
-    _is_taken_over = True
     from vllm.distributed.eplb.eplb_state import EplbState
 
-    for name in REPLACED:
-        original = getattr(EplbState, name)
-        setattr(EplbState, name, _replacement(name, original))
+    for name in _REPLACED:
+        replace(EplbState, name, functools.partial(_replacement, name))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def check_vllm() -> None:
     """A vLLM that the integration does not know is a ConfigError too."""
-    from eplb_platform.integrations.vllm import compatibility
+    from eplb_platform.integrations.vllm import compatibility, eplb_state  # noqa: F401  # says what it expects
 
     try:
         compatibility.check_vllm()
