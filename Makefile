@@ -1,21 +1,23 @@
 # Everything a developer or CI needs, from a clean clone, with only Python 3.11 or newer, pip and make.
 #   make demo    serve a small model and watch it being balanced      make check   the quick part of the tests
 #   make test    everything that CI runs                              make bench   every benchmark
+#   make serve   serve a small model with vLLM and balancing, on a CPU, at port 8000
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies-installed
 PROJECT      := $(VENV)/.project-installed
+VLLM         := .venv-vllm
 KERNEL_TESTS := $(addprefix tests/unit/test_,algorithms.py deepseek.py dispatch.py planning.py schedule.py)
 # One thread for each process: the tests run several ranks on few cores.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint unit processes kernels wheel bench clean
+.PHONY: help install demo test check lint unit processes kernels wheel vllm vllm-tests serve bench clean
 
 help:
-	@sed -n '1,3p' Makefile
+	@sed -n '1,4p' Makefile
 
 install: $(PROJECT)
 
@@ -55,7 +57,19 @@ wheel: $(PROJECT)
 processes: $(PROJECT)
 	$(BIN)/python -m pytest -q tests/processes
 
-test: check kernels wheel processes
+# vLLM pins other versions of what we use, hence an environment of its own. Says why where it cannot be had.
+vllm: $(BIN)/python
+	$(BIN)/python ci/vllm_environment.py --environment $(VLLM)
+
+vllm-tests: vllm
+	@if [ -e $(VLLM)/.unavailable ]; then echo "SKIPPED tests/vllm: $$(cat $(VLLM)/.unavailable)"; \
+	  else set -x; $(VLLM)/bin/python -m pytest -q tests/vllm; fi
+
+serve: vllm
+	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi
+	PYTHON=$(VLLM)/bin/python examples/vllm/serve.sh $(SERVE_OPTIONS)
+
+test: check kernels wheel processes vllm-tests
 
 bench: $(PROJECT)
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

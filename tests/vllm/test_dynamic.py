@@ -1,0 +1,174 @@
+"""Two ranks that rearrange while they serve: the tokens stay, everything else is told as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.records import load_trace
+from tests.vllm.conftest import PROMPTS, TOKENS, Models, Tokens, seconds_to_fail
+from tests.vllm.engine import Engine, EngineFailed
+from tests.vllm.snapshots import layouts, of_ranks, statuses
+
+REDUNDANT = 8
+LAYERS, EXPERTS, TOP_K = 4, 64, 4
+
+
+@pytest.fixture(scope="module")
+def recorded(folder: Path) -> Path:
+    return folder / "expert_map.json"
+
+
+@pytest.fixture(scope="module")
+def trace(folder: Path) -> Path:
+    return folder / "trace.safetensors"
+
+
+@pytest.fixture(scope="module")
+def engine(models: Models, folder: Path, recorded: Path, trace: Path) -> Iterator[Engine]:
+    eplb = {
+        "dynamic_eplb": True,
+        "num_redundant_experts": REDUNDANT,
+        "expert_heat_collection_interval": 16,
+        "algorithm_execution_interval": 2,
+        "expert_map_record_path": str(recorded),
+        "trace_record_path": str(trace),
+        "verify_transfers": True,
+        "log_balancedness": True,
+        "log_balancedness_interval": 10,
+    }
+    with Engine(models.demo, folder / "engine.log", tensor_parallel_size=2, eplb=eplb) as engine:
+        yield engine
+
+
+def test_a_map_is_recorded_before_the_first_request(engine: Engine, recorded: Path) -> None:
+    assert ExpertMap.load(recorded).physical_to_logical.tolist() == layouts(engine)[0]
+    assert statuses(engine)[0]["cycles"] == 0
+
+
+def test_tokens_stay_while_experts_move(engine: Engine, unbalanced: Tokens) -> None:
+    for _ in range(4):
+        assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+    for status in statuses(engine):
+        assert status["cycles"] >= 3
+        assert status["moved_experts"] > 0
+        assert status["failed_cycles"] == 0, status["last_error"]
+
+
+def test_moved_experts_are_the_same_everywhere(engine: Engine) -> None:
+    engine.rpc("eplb_pause")
+    generate_until_idle(engine)
+    ranks = of_ranks(engine)
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    assert {rank["moved_experts"] for rank in ranks} == {ranks[0]["moved_experts"]}
+    first, second = layouts(engine)
+    assert first == second
+    assert [status["physical_to_logical"] for status in statuses(engine)] == [first, second]
+    engine.rpc("eplb_resume")
+
+
+def test_paused_engine_moves_nothing_until_it_is_resumed(engine: Engine, unbalanced: Tokens) -> None:
+    engine.rpc("eplb_pause")
+    generate_until_idle(engine)
+    before = statuses(engine)[0]
+    assert before["state"] == "paused"
+    assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+    after = statuses(engine)[0]
+    assert after["steps"] > before["steps"] + 16
+    assert (after["commits"], after["cycles"]) == (before["commits"], before["cycles"])
+    engine.rpc("eplb_resume")
+    assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+    assert statuses(engine)[0]["cycles"] > after["cycles"]
+
+
+def test_recorded_map_is_complete_and_was_in_force(engine: Engine, recorded: Path) -> None:
+    expert_map = ExpertMap.load(recorded)
+    assert expert_map.physical_to_logical.shape == (LAYERS, EXPERTS + REDUNDANT)
+    assert expert_map.topology.num_ranks == 2
+    assert expert_map.physical_to_logical.tolist() != initial_layout()
+
+
+def test_balancedness_is_logged_as_vllm_does(engine: Engine) -> None:
+    log = engine.process.log.read_text(errors="replace")
+    assert "balancedness" in log
+
+
+def test_sleep_stops_the_balancer_and_waking_starts_it(engine: Engine, unbalanced: Tokens) -> None:
+    engine.rpc("sleep")
+    asleep = statuses(engine)
+    assert {status["state"] for status in asleep} == {"paused"}
+    engine.rpc("wake_up")
+    assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+    assert statuses(engine)[0]["cycles"] > asleep[0]["cycles"]
+
+
+def test_reloading_weights_is_refused_in_words(engine: Engine, unbalanced: Tokens) -> None:
+    """On a CPU vLLM itself spoils the experts of a model that it loads a second time."""
+    before = layouts(engine)
+    assert before[0] != initial_layout()
+    with pytest.raises(EngineFailed, match="reload_weights"):
+        engine.rpc("reload_weights")
+    assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+    assert statuses(engine)[0]["failed_cycles"] == 0
+
+
+def test_rebalance_now_starts_a_cycle_at_once(engine: Engine) -> None:
+    """The interval is sixteen steps; two forward passes are enough for a cycle that was asked for."""
+    engine.rpc("eplb_pause")
+    generate_until_idle(engine)
+    engine.rpc("eplb_resume")
+    started = statuses(engine)[0]
+    engine.rpc("eplb_rebalance_now")
+    engine.generate(PROMPTS[:8], 2)
+    now = statuses(engine)[0]
+    assert now["steps"] - started["steps"] < 16
+    assert now["state"] not in ("idle", "paused") or now["cycles"] > started["cycles"]
+
+
+def test_trace_holds_the_tokens_of_every_step(engine: Engine, trace: Path) -> None:
+    generate_until_idle(engine)
+    recorded_trace = load_trace.read(trace)
+    load = np.asarray(recorded_trace.expert_load)
+    assert load.shape[1:] == (LAYERS, EXPERTS)
+    per_layer = load.sum(axis=2)
+    assert (per_layer == per_layer[:, :1]).all()
+    # A prompt of 48 tokens is 48 choices of top-k; a decode step of n sequences is n.
+    assert (per_layer % TOP_K == 0).all()
+    decode = per_layer[np.asarray(recorded_trace.phase) == 1, 0] // TOP_K
+    assert len(decode) and set(decode.tolist()) <= set(range(1, 9))
+
+
+def test_killed_worker_in_a_transfer(engine: Engine, recorded: Path, folder: Path, failure_s: float) -> None:
+    """vLLM ends as it does without balancing, nothing is left, and the record can be read."""
+    fetching = folder / "fetching"
+    engine.rpc("probe_stop_at_fetch", str(fetching))
+    engine.rpc("eplb_resume")
+    engine.rpc("eplb_rebalance_now")
+    engine.send_generate(PROMPTS * 16, 200)
+    deadline = time.monotonic() + 60
+    while not fetching.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert fetching.exists(), engine.process.log_tail()
+    assert seconds_to_fail(engine) < failure_s + 5.0
+    engine.process.popen.terminate()
+    assert engine.leave() == {}
+    assert ExpertMap.load(recorded).physical_to_logical.shape == (LAYERS, EXPERTS + REDUNDANT)
+
+
+def initial_layout() -> list[list[int]]:
+    """vLLM's: the experts in order, the redundant ones from the first on."""
+    return [[slot % EXPERTS for slot in range(EXPERTS + REDUNDANT)]] * LAYERS
+
+
+def generate_until_idle(engine: Engine) -> None:
+    """Cycles end only while forward passes do."""
+    for _ in range(20):
+        if {status["state"] for status in statuses(engine)} <= {"idle", "paused"}:
+            return
+        engine.generate(PROMPTS[:2], 4)
+    raise AssertionError(f"still {[status['state'] for status in statuses(engine)]}")
