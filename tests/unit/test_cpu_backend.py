@@ -83,6 +83,13 @@ def test_every_integer_type_gives_the_same_ids(
     assert torch.equal(load, torch.bincount(expected[expected >= 0], minlength=5))
 
 
+def test_an_engine_may_count_in_int32(backend: CpuBackend) -> None:
+    table, count = torch.tensor([[3, -1], [0, 4]]), torch.tensor([1, 2])
+    load = torch.zeros(5, dtype=torch.int32)
+    physical = backend.map_and_record(torch.tensor([[0, 1], [1, -1]]), table, count, load)
+    assert torch.equal(load.long(), torch.bincount(physical[physical >= 0], minlength=5))
+
+
 def test_ids_that_do_not_lie_together_are_read_right(backend: CpuBackend) -> None:
     table, count = torch.tensor([[3], [0], [1], [2]]), torch.ones(4, dtype=torch.int64)
     ids = torch.tensor([[0, 9, 1, 9], [2, 9, 3, 9]])[:, ::2].t()
@@ -146,8 +153,8 @@ def test_a_load_of_another_map_is_an_error_not_a_stray_write(backend: CpuBackend
     table, count = torch.tensor([[0], [7]]), torch.ones(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="physical expert 7, but load counts only 7"):
         backend.map_and_record(torch.tensor([[1]]), table, count, torch.zeros(7, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"contiguous int64.*got torch\.int32"):
-        backend.map_and_record(torch.tensor([[1]]), table, count, torch.zeros(8, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"contiguous int32 or int64.*got torch\.int16"):
+        backend.map_and_record(torch.tensor([[1]]), table, count, torch.zeros(8, dtype=torch.int16))
     with pytest.raises(
         ValueError, match=r"expected logical_ids \[tokens, top_k\].*got \[1\], \[2, 1\], \[2\]"
     ):

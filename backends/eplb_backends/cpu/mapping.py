@@ -17,7 +17,7 @@ def map_and_record(
     load: torch.Tensor | None,
     offset: int,
 ) -> torch.Tensor:
-    """As `Backend.map_and_record`."""
+    """As `Backend.map_and_record`; `load` may be int32 too, in which vLLM counts."""
     if logical_ids.dim() != 2 or replica_count.shape[0] != logical_to_physical.shape[0]:
         raise ValueError(
             "expected logical_ids [tokens, top_k], logical_to_physical [logical, width], "
