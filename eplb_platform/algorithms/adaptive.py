@@ -360,6 +360,8 @@ def _limit(name: str, value: int | None, least: int) -> int | None:
 
 
 def _speeds(values: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(values, str | int | float):
+        raise ValueError(f"rank_speed is {values!r}, expected a value for each rank")
     speeds = tuple(_number("rank_speed", value, 0) for value in values)
     if not all(speeds):
         raise ValueError(f"rank_speed is {values!r}, expected values above 0")

@@ -938,7 +938,7 @@ def repair(
         pairs,
         limit,
         pair_limit,
-        min(4, squarings - 1),
+        min(3, squarings - 1),
         squarings,
         breadth,
         2 * num_ranks * num_slots,

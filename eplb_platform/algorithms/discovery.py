@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import TypeAlias
@@ -14,7 +14,7 @@ NAMESPACE = "eplb_platform.algorithms"
 # Other engines' planners behind the same interface: for measuring beside ours, not for serving.
 PEERS_NAMESPACE = "eplb_platform.peers"
 
-OptionValue: TypeAlias = bool | int | float | str | None
+OptionValue: TypeAlias = bool | int | float | str | Sequence[float] | None
 
 
 def discover_algorithms() -> dict[str, type[Algorithm]]:

@@ -104,6 +104,14 @@ def plan(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the algorithm; repeatable.")
     ] = None,
+    compute_cost: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Time of one token in each expert, [layers, experts] (.json, .npy, .safetensors), "
+            "for --algorithm compute_aware.",
+        ),
+    ] = None,
     phase: Annotated[
         Literal["all", "prefill", "decode"], typer.Option(help="The steps that count; mixed ones always do.")
     ] = "all",
@@ -132,6 +140,7 @@ def plan(
             options=option or (),
             phase=phase,
             num_windows=windows,
+            compute_cost=compute_cost,
         )
     )
     if as_json:

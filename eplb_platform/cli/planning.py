@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
-from eplb_platform.records import load_trace
+from eplb_platform.records import compute_cost, load_trace
 from eplb_platform.records.load_trace import LoadTrace
 from eplb_platform.topology import Topology
 
@@ -41,6 +42,7 @@ class Request:
     options: Sequence[str] = ()
     phase: str = "all"
     num_windows: int = 16
+    compute_cost: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +107,11 @@ def make_plan(request: Request) -> Outcome:
         load = _windows(request)
         current, topology = _current(request, load.shape[2])
         options = _options(request.options)
+        cost = None if request.compute_cost is None else compute_cost.read(request.compute_cost)
         algorithm = request.algorithm or DEFAULT_ALGORITHM
         # Apart from the plan, whose time is told: compiling takes longer, but once.
-        make_algorithm(algorithm, options).warm_up()
+        engine = make_algorithm(algorithm, options)
+        engine.warm_up()
         started = time.perf_counter()
         plan = rebalance_experts(
             load,
@@ -116,14 +120,15 @@ def make_plan(request: Request) -> Outcome:
             num_expert_groups=request.num_expert_groups,
             current=current,
             algorithm=algorithm,
-            compute_cost=None,
+            compute_cost=cost,
             **options,
         )
         seconds = time.perf_counter() - started
+        before = window_balancedness(current or _initial(plan), engine.weigh(load, cost))
         plan.expert_map.save(request.output)
     except (ValueError, AlgorithmError) as error:
         raise BadInput(f"plan: {error}") from error
-    return Outcome(plan, window_balancedness(current or _initial(plan), load), seconds, request.output)
+    return Outcome(plan, before, seconds, request.output)
 
 
 def _initial(plan: Plan) -> ExpertMap:
@@ -183,7 +188,9 @@ def _sum(trace: LoadTrace, steps: NDArray[np.intp]) -> NDArray[np.float64]:
 
 
 def _options(given: Sequence[str]) -> dict[str, OptionValue]:
-    """The algorithm's options from `key=value`; true, false, none and numbers are read as such."""
+    """The algorithm's options from `key=value`; true, false, none, numbers and numbers with commas between
+    them are read as such.
+    """
     named = inspect.signature(rebalance_experts).parameters
     options: dict[str, OptionValue] = {}
     for text in given:
@@ -204,6 +211,9 @@ def _value(text: str) -> OptionValue:
             return number(text)
         except ValueError:
             continue
+    if "," in text:
+        with suppress(ValueError):
+            return tuple(float(part) for part in text.split(","))
     return text
 
 

@@ -212,3 +212,81 @@ def test_recorded_loads_are_planned_close_to_their_bound(
         mean = found["mean"]
         assert isinstance(mean, dict) and mean["before"] < mean["after"] <= mean["bound"]
         assert mean["after"] > 0.98
+
+
+def test_a_list_of_numbers_is_an_option_value(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "map.json"
+    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "-o", path, "--windows", 1]
+    planned([*arguments, "--option", "rank_speed=1,1,1,0.25"], capsys)
+    load = skewed().sum(axis=0)[None].astype(np.float64)
+    expected = rebalance_experts(
+        load, num_physical_experts=20, topology=Topology(4), rank_speed=(1.0, 1.0, 1.0, 0.25)
+    )
+    assert ExpertMap.load(path) == expected.expert_map
+    said = refused([*arguments, "--option", "rank_speed=1,1"], capsys)
+    assert "rank_speed has 2 values, expected 4" in said
+    assert "rank_speed is 3, expected a value for each rank" in refused(
+        [*arguments, "--option", "rank_speed=3"], capsys
+    )
+
+
+def cost_files(folder: Path, cost: np.ndarray) -> list[Path]:
+    from safetensors.numpy import save_file
+
+    paths = [folder / f"cost{suffix}" for suffix in (".json", ".npy", ".safetensors")]
+    rows = [[None if np.isnan(value) else value for value in row] for row in cost.tolist()]
+    paths[0].write_text(json.dumps(rows))
+    np.save(paths[1], cost)
+    save_file({"compute_cost": cost}, paths[2])
+    return paths
+
+
+def test_compute_cost_counts_whatever_the_file(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost = np.random.default_rng(1).lognormal(size=(LAYERS, EXPERTS))
+    cost[1, 3] = np.nan
+    load = skewed().astype(np.float64)
+    shape = {"num_physical_experts": 20, "topology": Topology(4), "algorithm": "compute_aware"}
+    expected = rebalance_experts(load, compute_cost=cost, **shape).expert_map
+    assert expected != rebalance_experts(load, **shape).expert_map
+    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "--algorithm", "compute_aware"]
+    for path in cost_files(tmp_path, cost):
+        output = tmp_path / f"{path.name}.map.json"
+        planned([*arguments, "--compute-cost", path, "-o", output], capsys)
+        assert ExpertMap.load(output) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("cost.json", b"[[1, 2], [3]]", "cost.json: [1]: 1 experts, expected 2"),
+        ("cost.json", b'[[1, "2"]]', "cost.json: [0][1]: '2', expected a number or null"),
+        ("cost.json", b"[[1, -2]]", "cost.json: [0][1]: -2.0, expected a time of at least 0"),
+        ("cost.json", b"{}", "expected a list of times for each layer"),
+        ("cost.json", b"[[1, 2]]", "compute_cost has shape (1, 2), expected [layers, logical], (3, 16)"),
+        ("cost.npy", b"nothing", "cost.npy: no .npy file"),
+        ("cost.safetensors", b"nothing", "cost.safetensors: no .safetensors file"),
+        ("cost.txt", b"1", "suffix '.txt', expected one of .json, .npy, .safetensors"),
+    ],
+)
+def test_compute_cost_that_cannot_be_used_is_one_line(
+    name: str, content: bytes, said: str, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "--algorithm", "compute_aware"]
+    assert said in refused(
+        [*arguments, "--compute-cost", tmp_path / name, "-o", tmp_path / "map.json"], capsys
+    )
+
+
+def test_compute_cost_needs_an_algorithm_that_counts_it(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path, *_) = cost_files(tmp_path, np.ones((LAYERS, EXPERTS)))
+    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "--compute-cost", path]
+    assert "does not count compute cost, compute_aware does" in refused(
+        [*arguments, "-o", tmp_path / "map.json"], capsys
+    )

@@ -1,0 +1,76 @@
+"""Compute cost: the time that one token takes in each expert, in any unit.
+
+.json          [[...], ...], a row for each layer, null for an expert that was not profiled
+.npy           a number array [layers, logical], NaN for an expert that was not profiled
+.safetensors   the same as tensor `compute_cost`
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.records import strict_json
+from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
+
+TENSOR = "compute_cost"
+SUFFIXES = (".json", ".npy", ".safetensors")
+
+
+def read(path: str | os.PathLike[str]) -> NDArray[np.float64]:
+    """[layers, logical], the cost of one token, NaN where there is none. Raises RecordError."""
+    file_size(path)
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise RecordError(path, Fault("", f"suffix {suffix!r}, expected one of {', '.join(SUFFIXES)}"))
+    try:
+        cost = _from_json(path) if suffix == ".json" else _from_array(path, suffix)
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
+    if cost.ndim != 2 or 0 in cost.shape:
+        raise RecordError(path, Fault("", f"shape {list(cost.shape)}, expected [layers, experts]"))
+    wrong = np.argwhere(np.isinf(cost) | (cost < 0))
+    if len(wrong):
+        layer, expert = wrong[0]
+        raise RecordError(
+            path, Fault(f"[{layer}][{expert}]", f"{cost[layer, expert]}, expected a time of at least 0")
+        )
+    return cost
+
+
+def _from_json(path: str | os.PathLike[str]) -> NDArray[np.float64]:
+    rows = strict_json.parse(path, Path(path).read_bytes())
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+        raise RecordError(path, Fault("", f"{shown(rows)}, expected a list of times for each layer"))
+    for layer, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise RecordError(path, Fault(f"[{layer}]", f"{len(row)} experts, expected {len(rows[0])}"))
+        for expert, value in enumerate(row):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise RecordError(
+                    path, Fault(f"[{layer}][{expert}]", f"{shown(value)}, expected a number or null")
+                )
+    return np.array(rows, dtype=np.float64)
+
+
+def _from_array(path: str | os.PathLike[str], suffix: str) -> NDArray[np.float64]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+        else:
+            with safe_open(path, framework="numpy") as file:
+                if TENSOR not in file.keys():  # noqa: SIM118 - the file is no mapping
+                    raise RecordError(path, Fault(TENSOR, f"missing, there are {shown(list(file.keys()))}"))
+                array = file.get_tensor(TENSOR)
+    except (ValueError, EOFError, SafetensorError, TypeError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(path, Fault("", f"no {suffix} file: {error}")) from error
+    if array.dtype.kind not in "iuf":
+        raise RecordError(path, Fault("", f"dtype {array.dtype}, expected integers or floats"))
+    return np.asarray(array, dtype=np.float64)
