@@ -30,7 +30,7 @@ class ProcessSession:
         self, command: list[str], log: Path, environment: Mapping[str, str], **options: object
     ) -> None:
         self.log = log
-        self._shared_memory = shared_memory()
+        self._shared_memory: set[Path] = set()
         with log.open("wb") as output:
             self.popen: subprocess.Popen[str] = subprocess.Popen(
                 command,
@@ -43,13 +43,17 @@ class ProcessSession:
             )
 
     def members(self) -> dict[int, str]:
-        """Process ids of the session's processes, zombies aside, with their command lines."""
+        """Process ids of the session's processes, zombies aside, with their command lines.
+
+        What shared memory they have is noted in passing: a killed process takes away none of its own.
+        """
         found = {}
         for folder in Path("/proc").iterdir():
             with suppress(OSError):
                 if folder.name.isdigit() and self._is_member(folder):
                     title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     found[int(folder.name)] = title.strip()
+                    self._shared_memory |= shared_memory_of(folder)
         return found
 
     def _is_member(self, folder: Path) -> bool:
@@ -78,13 +82,15 @@ class ProcessSession:
             with suppress(subprocess.TimeoutExpired):
                 self.popen.wait(0.1)
         self.popen.wait(10.0)
-        for name in shared_memory() - self._shared_memory:
-            if name.startswith(("vllm_", "psm_")):
-                (SHARED_MEMORY / name).unlink(missing_ok=True)
+        for path in self._shared_memory:
+            path.unlink(missing_ok=True)
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+def shared_memory_of(process: Path) -> set[Path]:
+    """The files of shared memory that a process has mapped. process: its folder in /proc."""
+    lines = (process / "maps").read_text(errors="replace").splitlines()
+    names = {line.partition(str(SHARED_MEMORY) + "/")[2].partition(" ")[0] for line in lines}
+    return {SHARED_MEMORY / name for name in names if name}
