@@ -27,6 +27,9 @@ _FORMER_NAMES = {
     "init_redundancy_expert": "num_redundant_experts",
 }
 _WITHOUT_EFFECT = "gate_eplb"
+# TensorRT-LLM's, with the folder that it takes where only the range is given.
+_STATISTIC_PATH, _STATISTIC_RANGE = "EXPERT_STATISTIC_PATH", "EXPERT_STATISTIC_ITER_RANGE"
+_STATISTIC_FOLDER = "expert_statistic"
 # Too common a word to be taken for ours outside of `eplb_config`.
 _NEVER_AT_TOP_LEVEL = frozenset({"backend"})
 
@@ -56,6 +59,14 @@ def _policy(value: object) -> object:
         raise ValueError("no number of an algorithm")
     if isinstance(value, str) and (not value.strip() or value.strip().isdecimal()):
         raise ValueError("no name of an algorithm")
+    return value
+
+
+def _iterations(value: object) -> object:
+    if isinstance(value, str):
+        first, dash, end = value.partition("-")
+        if not (dash and first.strip().isdecimal() and end.strip().isdecimal() and int(first) < int(end)):
+            raise ValueError("no range of iterations")
     return value
 
 
@@ -89,6 +100,11 @@ _MapPath: TypeAlias = Annotated[
 ]
 _TracePath: TypeAlias = Annotated[
     str | None, _file_path(".safetensors"), _Expected("the path of a .safetensors file, or null")
+]
+_TraceRange: TypeAlias = Annotated[
+    str | None,
+    BeforeValidator(_iterations),
+    _Expected("iterations as 'first-end' with first < end, like '100-200', or null"),
 ]
 _PolicyType: TypeAlias = Annotated[
     int | str,
@@ -188,6 +204,11 @@ class EplbConfig(BaseModel):
     trace_record_path: _TracePath = Field(
         default=None, description="Where to write the load trace: the expert load of every step."
     )
+    trace_record_range: _TraceRange = Field(
+        default=None,
+        description="The iterations in the load trace, counted from 0: '100-200' is 100 up to and "
+        "without 200; null: all.",
+    )
     log_balancedness: _Switch = Field(default=False, description="Log the balancedness of the ranks.")
     log_balancedness_interval: _Positive = Field(
         default=600, description="Steps from one line of log_balancedness to the next."
@@ -229,6 +250,14 @@ class EplbConfig(BaseModel):
     def eplb_heat_collection_stage(self) -> str:
         """vllm-ascend's name of `load_collection_phase`."""
         return self.load_collection_phase
+
+    @property
+    def trace_range(self) -> range | None:
+        """The passes that the load trace is to have, by number from 0; None for all."""
+        if self.trace_record_range is None:
+            return None
+        first, _, end = self.trace_record_range.partition("-")
+        return range(int(first), int(end))
 
     @property
     def num_load_windows(self) -> int:
@@ -285,6 +314,8 @@ class EplbConfig(BaseModel):
         Keys beside `eplb_config` and names of the first release are read with a DeprecationWarning.
         DYNAMIC_EPLB=true stands in for `dynamic_eplb` where the configuration asks for nothing; the value
         false of DYNAMIC_EPLB or EXPERT_MAP_RECORD switches that part off, with a warning.
+        TensorRT-LLM's EXPERT_STATISTIC_PATH, a folder, and EXPERT_STATISTIC_ITER_RANGE stand in for
+        `trace_record_path` and `trace_record_range`.
         """
         additional_config = {} if additional_config is None else additional_config
         values: dict[str, object] = {}
@@ -353,6 +384,23 @@ def _apply_environment(values: dict[str, object], environ: Mapping[str, str]) ->
     if record is False and values.get("expert_map_record_path") is not None:
         _warn(f"EXPERT_MAP_RECORD is false: {SECTION}.expert_map_record_path is ignored", UserWarning)
         values["expert_map_record_path"] = None
+    _apply_statistic_environment(values, environ)
+
+
+def _apply_statistic_environment(values: dict[str, object], environ: Mapping[str, str]) -> None:
+    folder, iterations = (environ.get(name, "").strip() for name in (_STATISTIC_PATH, _STATISTIC_RANGE))
+    if iterations:
+        try:
+            _iterations(iterations)
+        except ValueError:
+            raise ConfigError(
+                f"environment variable {_STATISTIC_RANGE}: {_shown(environ[_STATISTIC_RANGE])}, "
+                f"expected {_expected('trace_record_range')}"
+            ) from None
+        values.setdefault("trace_record_range", iterations)
+    if folder or iterations:
+        trace = PurePath(folder or _STATISTIC_FOLDER) / "expert_load.safetensors"
+        values.setdefault("trace_record_path", str(trace))
 
 
 def _switch(environ: Mapping[str, str], name: str) -> bool | None:

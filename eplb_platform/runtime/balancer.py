@@ -26,10 +26,11 @@ from eplb_platform.runtime.cycle import (
 )
 from eplb_platform.runtime.gate import ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings
-from eplb_platform.runtime.ports import Planner, Recorder, run_blocking
+from eplb_platform.runtime.ports import Planner, Recorder, Tracer, run_blocking
 from eplb_platform.runtime.production import BackgroundThread
 from eplb_platform.runtime.served_model import ServedModel
 from eplb_platform.runtime.stats import BalancerStats
+from eplb_platform.runtime.step_loads import StepLoads
 
 if TYPE_CHECKING:
     from eplb_platform.migration.transfer import Migrator
@@ -89,6 +90,8 @@ class Balancer:
         migrator: Migrator | None,
         planner: Planner,
         recorder: Recorder | None,
+        step_loads: StepLoads | None,
+        tracer: Tracer | None,
         background: BackgroundThread,
         on_stage: Callable[[Stage], None] | None = None,
         on_close: Callable[[], None] | None = None,
@@ -105,6 +108,8 @@ class Balancer:
         self._migrator = migrator
         self._planner = planner
         self._recorder = recorder
+        self._step_loads = step_loads
+        self._tracer = tracer
         self._background = background
         self._observe_stage = on_stage
         self._on_close = on_close
@@ -139,6 +144,8 @@ class Balancer:
         self.stats.steps += 1
         self.stats.dummy_steps += is_dummy
         self._heat.record(physical_load, self._expert_map, phase, is_dummy)
+        if self._step_loads is not None:
+            self._step_loads.record(physical_load, self._expert_map, phase=phase, is_dummy=is_dummy)
         chunk = self._pass_boundary()
         if chunk is not None:
             self._commit(chunk)
@@ -209,6 +216,7 @@ class Balancer:
         self._link.gate.close()
         if not self._background.close(self._rules.timeout_s):
             logger.warning("rank %d: the background thread is still in %s", self._link.rank, self.state)
+        self._close_trace()
         if self._on_close is not None:
             self._on_close()
 
@@ -253,20 +261,35 @@ class Balancer:
     def record_start(self) -> None:
         """Record the map that serving starts from, on the rank that records: the file is there from now on.
 
-        A record that cannot be written is reported, as in any cycle.
+        A record that cannot be written is reported, as in any cycle; a load trace likewise.
         """
-        if self._recorder is None or self._link.rank != PLANNING_RANK:
+        if self._link.rank != PLANNING_RANK:
             return
-        try:
-            run_blocking(self._recorder.record(self._expert_map, keep_earlier=False))
-            self.stats.records_written += 1
-        except RecordError as error:
-            self._report_failed_record("at the start", error)
+        if self._recorder is not None:
+            try:
+                run_blocking(self._recorder.record(self._expert_map, keep_earlier=False))
+                self.stats.records_written += 1
+            except RecordError as error:
+                self._report_failed_record("at the start", "expert map", error)
+        if self._tracer is not None:
+            self.stats.trace_steps = 0
+            try:
+                self._tracer.open()
+            except RecordError as error:
+                self._report_failed_record("at the start", "load trace", error)
 
-    def _report_failed_record(self, when: str, error: object) -> None:
+    def _report_failed_record(self, when: str, what: str, error: object) -> None:
         self.stats.failed_records += 1
         self.stats.last_error = str(error)
-        logger.warning("%s: the expert map was not recorded: %s", when, error)
+        logger.warning("%s: the %s was not recorded: %s", when, what, error)
+
+    def _close_trace(self) -> None:
+        if self._tracer is None or self._link.rank != PLANNING_RANK:
+            return
+        try:
+            self._tracer.close()
+        except RecordError as error:
+            self._report_failed_record("at the end", "load trace", error)
 
     # --- committing ---
 
@@ -340,6 +363,8 @@ class Balancer:
             heat=self._heat,
             planner=self._planner,
             recorder=self._recorder,
+            step_loads=self._step_loads,
+            tracer=self._tracer,
             expert_map=self._expert_map,
             is_ending=self._why_end,
             on_stage=self._enter,
@@ -386,9 +411,13 @@ class Balancer:
 
     def _account_record(self, report: CycleReport) -> None:
         if report.record_error:
-            self._report_failed_record(f"cycle {report.number}", report.record_error)
+            self._report_failed_record(f"cycle {report.number}", "expert map", report.record_error)
         elif Stage.RECORD in report.seconds:
             self.stats.records_written += 1
+        if report.trace_error:
+            self._report_failed_record(f"cycle {report.number}", "load trace", report.trace_error)
+        if self._tracer is not None and self._link.rank == PLANNING_RANK:
+            self.stats.trace_steps = self._tracer.num_steps
 
     def _account_balancedness(self, report: CycleReport) -> None:
         if report.balancedness is None:

@@ -8,7 +8,7 @@ wrong, the cycle ends on every rank and the map in force stays.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,7 +23,8 @@ from eplb_platform.migration.schedule import Chunk, build_schedule
 from eplb_platform.records import RecordError
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, map_fingerprint, same
 from eplb_platform.runtime.gate import CommitGate, CommitsDropped
-from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder
+from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder, Tracer
+from eplb_platform.runtime.step_loads import StepLoads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,7 @@ class Stage(StrEnum):
     START = "start"
     REBUILD = "rebuild"
     COLLECT = "collect"
+    TRACE = "trace"
     PLAN = "plan"
     BROADCAST = "broadcast"
     COMPARE = "compare"
@@ -85,6 +87,7 @@ class CycleReport:
     moved_experts: int = 0
     skipped_layers: tuple[int, ...] = ()
     record_error: str = ""
+    trace_error: str = ""
     rank_load: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     """Mean and maximum over ranks, [layers] each, of the map in force on the collected load; on the rank that
     plans."""
@@ -142,6 +145,8 @@ class Cycle:
         heat: Heat,
         planner: Planner,
         recorder: Recorder | None,
+        step_loads: StepLoads | None,
+        tracer: Tracer | None,
         expert_map: ExpertMap,
         is_ending: Callable[[], str],
         on_stage: Callable[[Stage], None],
@@ -152,6 +157,8 @@ class Cycle:
         self._heat = heat
         self._planner = planner
         self._recorder = recorder
+        self._step_loads = step_loads
+        self._tracer = tracer
         self._map = expert_map
         self._is_ending = is_ending
         self._on_stage = on_stage
@@ -185,6 +192,8 @@ class Cycle:
     async def _run(self) -> None:
         await self._start()
         load = await self._collect()
+        if self._step_loads is not None:
+            await self._trace(self._step_loads)
         if not load.any():
             self.report.outcome = Outcome.NO_LOAD
             await self._record(self._map, keep_earlier=not self._rules.moves_experts)
@@ -218,6 +227,32 @@ class Cycle:
             )
             with self._inside_group():
                 return await self._link.group.sum(self._heat.windows_until(end))
+
+    async def _trace(self, loads: StepLoads) -> None:
+        """Add up the passes that all ranks have and the trace has not; with bounded memory."""
+        with self._timed(Stage.TRACE):
+            first, end = loads.kept()
+            first = await self._places.agree("trace/first", first, max, timeout_s=self._timeout_s)
+            end = await self._places.agree("trace/end", end, min, timeout_s=self._timeout_s)
+            is_last = loads.is_complete and end == loads.kept()[1]
+            with self._inside_group():
+                for start in range(first, end, loads.block_steps):
+                    block = loads.block(start, min(end, start + loads.block_steps))
+                    total = await self._link.group.sum(block)
+                    if self._tracer is not None and self._link.rank == PLANNING_RANK:
+                        await self._write_trace(self._tracer.add(*loads.rows(total)))
+            loads.forget_until(end)
+            if lost := loads.take_lost():
+                self.report.trace_error = f"{lost} steps came too long before a cycle and are missing"
+            if self._tracer is not None and self._link.rank == PLANNING_RANK:
+                await self._write_trace(self._tracer.publish(is_last=is_last))
+
+    async def _write_trace(self, writing: Awaitable[None]) -> None:
+        """A trace that cannot be written is reported; it ends no cycle."""
+        try:
+            await writing
+        except RecordError as error:
+            self.report.trace_error = str(error)
 
     async def _plan(self, load: NDArray[np.int64]) -> ExpertMap:
         current = planned = self._map

@@ -108,6 +108,31 @@ class Recorder(Protocol):
         ...
 
 
+class Tracer(Protocol):
+    """Keeps the load of every step, on the rank that records. Each raises RecordError when it cannot."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps kept so far."""
+        ...
+
+    def open(self) -> None:
+        """Called once before the first pass, so that what cannot work is known early."""
+        ...
+
+    async def add(self, load: NDArray[np.int64], phase: NDArray[np.uint8]) -> None:
+        """load: [steps, layers, logical], tokens over all ranks; phase: [steps], as in load traces."""
+        ...
+
+    async def publish(self, *, is_last: bool) -> None:
+        """What was added is to be seen, all of it when nothing more will come."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come. Idempotent."""
+        ...
+
+
 def run_blocking(coroutine: Coroutine[None, None, Result]) -> Result:
     """Run a coroutine whose ports block instead of suspending."""
     try:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class ServedModel(Protocol):
-    """One model as one rank serves it."""
+    """One model as one rank serves it.
+
+    `model_name`, `num_experts_per_token` and `first_moe_layer` may be there besides; they are written into
+    load traces.
+    """
 
     @property
     def expert_weights(self) -> Sequence[Sequence[torch.Tensor | Sequence[torch.Tensor]]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from eplb_platform.algorithms import load_algorithm
 from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.heat import HeatWindows, LoadCollection
+from eplb_platform.heat import MIN_SKEW_STEPS, HeatWindows, LoadCollection
 from eplb_platform.migration.schedule import warm_up as warm_up_schedule
 from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
@@ -22,10 +22,12 @@ from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
-from eplb_platform.runtime.ports import Planner, Recorder
+from eplb_platform.runtime.ports import Planner, Recorder, Tracer
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
-from eplb_platform.runtime.recording import MapRecorder
+from eplb_platform.runtime.recording import MapRecorder, TraceRecorder
 from eplb_platform.runtime.served_model import ServedModel
+from eplb_platform.runtime.step_loads import StepLoads
+from eplb_platform.runtime.step_loads import warm_up as warm_up_step_loads
 from eplb_platform.runtime.store_plane import StoreControlPlane
 
 if TYPE_CHECKING:
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_EFFECT_WHILE_SERVING = ("trace_record_path", "enable_expert_compute_profiling")
+WITHOUT_EFFECT_WHILE_SERVING = ("enable_expert_compute_profiling",)
+
+TRACE_INTERVALS = 4
+"""Collections whose passes are kept for the trace while no cycle can add them up."""
 
 
 def start_balancer(
@@ -51,6 +56,7 @@ def start_balancer(
     deploy: ExpertMap | None = None,
     planner: Planner | None = None,
     recorder: Recorder | None = None,
+    tracer: Tracer | None = None,
     on_stage: Callable[[Stage], None] | None = None,
 ) -> Balancer:
     """Start balancing `model` on this rank; every rank of the group calls it, and it returns when all have.
@@ -62,6 +68,8 @@ def start_balancer(
         starts from there. The number of nodes is that of `model.expert_map`, whatever a file says.
     planner: plans in place of the configured algorithm.
     recorder: records in place of a `MapRecorder` for `expert_map_record_path`; used on rank 0 only.
+    tracer: keeps the load of every step in place of a `TraceRecorder`, where `trace_record_path` is set; used
+        on rank 0 only.
     on_stage: called in the background thread whenever a cycle enters a stage.
     Raises ValueError for an unknown algorithm and for too little staging memory, `GroupError` when not every
     rank comes, and `DeploymentError` when ranks start from different maps or `deploy` cannot be reached; the
@@ -101,6 +109,8 @@ def start_balancer(
             migrator=migrator,
             planner=planner or _planner(config, num_expert_groups, rank),
             recorder=recorder or _map_recorder(config),
+            step_loads=_step_loads(config, model),
+            tracer=tracer or _trace_recorder(config, model, rank, model_name),
             background=BackgroundThread(f"{name}-cycle"),
             on_stage=on_stage,
             on_close=backend.close,
@@ -190,6 +200,37 @@ def _planner(config: EplbConfig, num_expert_groups: int, rank: int) -> Algorithm
 def _map_recorder(config: EplbConfig) -> MapRecorder | None:
     path = config.expert_map_record_path
     return None if path is None else MapRecorder(Path(path))
+
+
+def _step_loads(config: EplbConfig, model: ServedModel) -> StepLoads | None:
+    if config.trace_record_path is None:
+        return None
+    warm_up_step_loads()
+    return StepLoads(
+        model.expert_map.num_layers,
+        model.expert_map.num_logical_experts,
+        steps=config.trace_range,
+        capacity=TRACE_INTERVALS * config.expert_heat_collection_interval + MIN_SKEW_STEPS,
+    )
+
+
+def _trace_recorder(
+    config: EplbConfig, model: ServedModel, rank: int, model_name: str | None
+) -> TraceRecorder | None:
+    """What the model says of itself goes into the trace: `num_experts_per_token`, `first_moe_layer`."""
+    if config.trace_record_path is None or rank != PLANNING_RANK:
+        return None
+    said = {
+        "model": model_name or getattr(model, "model_name", None),
+        "num_experts_per_token": getattr(model, "num_experts_per_token", None),
+        "first_moe_layer": getattr(model, "first_moe_layer", None),
+    }
+    return TraceRecorder(
+        Path(config.trace_record_path),
+        model.expert_map.num_layers,
+        model.expert_map.num_logical_experts,
+        {key: str(value) for key, value in said.items() if value is not None},
+    )
 
 
 def _heat_windows(config: EplbConfig, model: ServedModel) -> HeatWindows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch.distributed import Store
 from eplb_backends.cpu import CpuBackend
 from eplb_platform import EplbConfig, ExpertMap, Topology
 from eplb_platform.balance import balancedness
+from eplb_platform.heat import Phase
 from eplb_platform.migration.schedule import Chunk
 from eplb_platform.runtime import Balancer, Stage, start_balancer
 from tests.processes.tagged_model import TaggedModel
@@ -42,6 +44,9 @@ class Run:
     """Stop serving, on all ranks at one step, soon after rank 0's cycle has entered this stage."""
     deploy: tuple[NDArray[np.int32] | None, ...] = ()
     """What each rank deploys at start: [layers, physical], or None."""
+    dummy_steps: tuple[int, ...] = ()
+    """Steps that are dummy passes on every rank."""
+    rank_1_dummy_steps: tuple[int, ...] = ()
     action: str = ""
     """Name of an `ACTIONS` entry, called before every step."""
 
@@ -152,6 +157,12 @@ def commit_late_on_rank_1(balancer: Balancer, step: int) -> None:
         gate.commit_at = lambda boundary, chunk: on_time(boundary + 1, chunk)  # type: ignore[method-assign]
 
 
+def die_late(balancer: Balancer, step: int) -> None:
+    """As `kill -9` does, on the rank that records."""
+    if balancer._link.rank == 0 and step > 50 and balancer.stats.trace_steps:
+        os._exit(9)
+
+
 def break_the_group(balancer: Balancer, step: int) -> None:
     """Let the first transfer of rank 2 fail."""
     if step == 0 and balancer._link.rank == 2:
@@ -174,6 +185,7 @@ ACTIONS: dict[str, Callable[[Balancer, int], None]] = {
         change_maps_only,
         commit_late_on_rank_1,
         break_the_group,
+        die_late,
     )
 }
 
@@ -185,7 +197,9 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     observer = StageObserver(run, rank)
     config = EplbConfig.from_additional_config({"eplb_config": run.config}, environ={})
     deploy = run.map_to_deploy(rank, model.expert_map)
-    balancer = start_balancer(config, model, backend, store, rank, deploy=deploy, on_stage=observer)
+    balancer = start_balancer(
+        config, model, backend, store, rank, deploy=deploy, model_name="tagged", on_stage=observer
+    )
     backend.watch()
     wrong: list[int] = []
     balanced: list[float] = []
@@ -199,7 +213,8 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
         failed, load = model.forward(step)
         wrong.append(failed)
         balanced.append(_own_balancedness(load, num_ranks))
-        balancer.step(load)
+        is_dummy = step in run.dummy_steps or (rank == 1 and step in run.rank_1_dummy_steps)
+        balancer.step(load, phase=phase_of(step), is_dummy=is_dummy)
     state = balancer.state
     balancer.close()
     balancer.close()
@@ -219,6 +234,11 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
         backend.on_forward_thread,
         tuple(observer.seen),
     )
+
+
+def phase_of(step: int) -> Phase:
+    """What kind of pass every rank makes at a step."""
+    return Phase(step % len(Phase))
 
 
 def _is_time_to_stop(store: Store, step: int, rank: int, has_entered_stage: bool) -> bool:

@@ -64,7 +64,9 @@ def test_one_rank_committing_a_step_late_is_seen(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("fault_ranks", [(0,), (2,), (0, 1, 2, 3)], ids=["rank 0", "rank 2", "all ranks"])
-@pytest.mark.parametrize("stage", [stage for stage in Stage if stage not in (Stage.REBUILD, Stage.RECORD)])
+@pytest.mark.parametrize(
+    "stage", [stage for stage in Stage if stage not in (Stage.REBUILD, Stage.TRACE, Stage.RECORD)]
+)
 def test_a_fault_in_any_stage_ends_the_cycle_and_the_next_one_succeeds(
     ranks: RankPool, stage: Stage, fault_ranks: tuple[int, ...]
 ) -> None:
@@ -87,7 +89,9 @@ def test_a_fault_while_the_group_is_rebuilt_is_survived_too(ranks: RankPool) -> 
         assert result.stats["cycles"] >= 1
 
 
-@pytest.mark.parametrize("stage", [stage for stage in Stage if stage not in (Stage.REBUILD, Stage.RECORD)])
+@pytest.mark.parametrize(
+    "stage", [stage for stage in Stage if stage not in (Stage.REBUILD, Stage.TRACE, Stage.RECORD)]
+)
 def test_it_closes_cleanly_from_any_stage(ranks: RankPool, stage: Stage) -> None:
     results = ranks.run(serve, replace(SHORT, stop_in_stage=str(stage)))
     check_served_right(results)

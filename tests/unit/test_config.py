@@ -51,6 +51,7 @@ def test_every_documented_key_and_its_default() -> None:
         "expert_compute_profiling_warmup_steps": 10,
         "expert_compute_profiling_interval": 1,
         "trace_record_path": None,
+        "trace_record_range": None,
         "log_balancedness": False,
         "log_balancedness_interval": 600,
         "backend": "auto",
@@ -150,6 +151,9 @@ POSITIVE = "expected an integer of at least 1"
             "trace.json",
             "'trace.json', expected the path of a .safetensors file, or null",
         ),
+        ("trace_record_range", "200-100", "'200-100', expected iterations as 'first-end' with first < end"),
+        ("trace_record_range", "100", "'100', expected iterations"),
+        ("trace_record_range", 100, "100, expected iterations"),
         ("backend", "", "'', expected a name"),
         ("commit_margin_steps", "x" * 1000, "..., expected an integer of at least 1"),
     ],
@@ -284,6 +288,45 @@ def test_environment_switches_off_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="EXPERT_MAP_RECORD is false: .*expert_map_record_path is ignored"):
         config = EplbConfig.from_additional_config(keys, environ={"EXPERT_MAP_RECORD": "0"})
     assert config == EplbConfig(dynamic_eplb=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "given", "path", "steps"),
+    [
+        ({"EXPERT_STATISTIC_PATH": "a/b"}, {}, "a/b/expert_load.safetensors", None),
+        (
+            {"EXPERT_STATISTIC_PATH": "a", "EXPERT_STATISTIC_ITER_RANGE": "5-15"},
+            {},
+            "a/expert_load.safetensors",
+            range(5, 15),
+        ),
+        (
+            {"EXPERT_STATISTIC_ITER_RANGE": "5-15"},
+            {},
+            "expert_statistic/expert_load.safetensors",
+            range(5, 15),
+        ),
+        (
+            {"EXPERT_STATISTIC_PATH": "a", "EXPERT_STATISTIC_ITER_RANGE": "5-15"},
+            {"trace_record_path": "t.safetensors", "trace_record_range": "1-2"},
+            "t.safetensors",
+            range(1, 2),
+        ),
+        ({"EXPERT_STATISTIC_PATH": " "}, {}, None, None),
+    ],
+)
+def test_statistic_variables_ask_for_a_load_trace(
+    environ: dict[str, str], given: dict[str, Any], path: str | None, steps: range | None
+) -> None:
+    config = read(environ=environ, **given)
+    assert (config.trace_record_path, config.trace_range) == (path, steps)
+
+
+def test_a_wrong_range_in_the_environment_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match="environment variable EXPERT_STATISTIC_ITER_RANGE: '7', expected iter"
+    ):
+        read(environ={"EXPERT_STATISTIC_ITER_RANGE": "7"})
 
 
 def test_environment_variables_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
