@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eplb_platform.heat import Phase
 from eplb_platform.integrations.vllm import compatibility, cpu_platform, eplb_state, metrics
-from eplb_platform.integrations.vllm.balancing import EngineBalancing
+from eplb_platform.integrations.vllm.balancing import EngineBalancing, WeightUpdateRefused
 from eplb_platform.integrations.vllm.expert_parallel_group import ExpertParallelGroup
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class WorkerHooks:
 
     def _reload_weights(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         balancing = self._loaded()
+        refuse_on_cpu("reload_weights")
         if args or kwargs.get("weights_iterator") is not None:
             balancing.refuse_unless_initial("reload_weights with some of the weights")
         else:
@@ -151,6 +152,7 @@ class WorkerHooks:
 
     def _start_weight_update(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         balancing = self._loaded()
+        refuse_on_cpu("a weight update")
         balancing.pause()
         balancing.drain()
         balancing.refuse_unless_initial("a weight update")
@@ -167,6 +169,18 @@ class WorkerHooks:
         if self._balancing is None:
             raise RuntimeError("the model is not loaded yet")
         return self._balancing
+
+
+def refuse_on_cpu(what: str) -> None:
+    """Raise `WeightUpdateRefused` where vLLM itself, balanced or not, spoils a model that it loads twice: its
+    layers on CPUs keep repacked weights, which a second load does not renew.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        raise WeightUpdateRefused(
+            f"{what}: vLLM's layers on CPUs repack their weights and cannot take new ones; start the engine anew"
+        )
 
 
 def phase_of(scheduler_output: Any) -> Phase:
