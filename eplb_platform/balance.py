@@ -87,11 +87,15 @@ def moved_experts(old: ExpertMap, new: ExpertMap) -> NDArray[np.int64]:
     return np.asarray((_held(new) & ~_held(old)).sum(axis=(1, 2)), dtype=np.int64)
 
 
-def lower_bound(load: ArrayLike, num_physical_experts: int, topology: Topology) -> _Floats:
+def lower_bound(
+    load: ArrayLike, num_physical_experts: int, topology: Topology, num_expert_groups: int = 1
+) -> _Floats:
     """[layers], no valid map has (sum over windows of max / sum over windows of mean) rank load below it.
 
     load: [windows, layers, logical] or [layers, logical], tokens per logical expert
     num_physical_experts: slots of all ranks, inactive ones included
+    num_expert_groups: above 1, only maps count that keep every group of neighbouring experts on one node, as
+        many on each; a multiple of the nodes with active ranks, all of which have as many of them
 
     At least 1, so `window_balancedness <= 1 / lower_bound`. Neither the windows one by one nor their sum
     can be served better than each allows by itself; the larger bound counts. Raises ValueError when the
@@ -110,6 +114,16 @@ def lower_bound(load: ArrayLike, num_physical_experts: int, topology: Topology) 
         _hottest_rank_bound(windows, ranks, slots_per_rank).sum(axis=0),
         _hottest_rank_bound(total, ranks, slots_per_rank),
     )
+    if num_expert_groups > 1:
+        nodes = len(set(topology.node_of_rank[topology.is_active].tolist()))
+        hottest = np.maximum(
+            hottest,
+            np.maximum(
+                _hottest_node_bound(windows, num_expert_groups, nodes).sum(axis=0),
+                _hottest_node_bound(total, num_expert_groups, nodes),
+            )
+            / (ranks // nodes),
+        )
     mean = total.sum(axis=-1) / ranks
     bound = np.divide(hottest, mean, out=np.ones_like(mean), where=mean > 0)
     return np.asarray(np.maximum(bound * (1 - _ROUNDING), 1.0))
@@ -159,6 +173,22 @@ def _hottest_rank_bound(load: _Floats, ranks: int, slots_per_rank: int) -> _Floa
     shared = _shared_rank_bound(load, ranks, slots_per_rank)
     replica = _hottest_replica_bound(load, mean, ranks, redundant)
     return np.asarray(np.maximum(np.maximum(mean, shared), replica))
+
+
+def _hottest_node_bound(load: _Floats, num_groups: int, num_nodes: int) -> _Floats:
+    """[...], tokens that the hottest node computes at least, which gets as many expert groups as any other.
+
+    load: [..., logical]
+    """
+    by_group = load.reshape(*load.shape[:-1], num_groups, -1).sum(axis=-1)
+    bound = np.maximum(
+        _shared_rank_bound(by_group, num_nodes, num_groups // num_nodes), by_group.sum(axis=-1) / num_nodes
+    )
+    if num_groups == 2 * num_nodes:
+        # The i hottest cannot all be with one of the i - 1 coldest: some pair is as hot as this for every i.
+        hottest_first = -np.sort(-by_group, axis=-1)
+        bound = np.maximum(bound, (hottest_first + hottest_first[..., ::-1]).max(axis=-1))
+    return np.asarray(bound)
 
 
 def _shared_rank_bound(load: _Floats, ranks: int, slots_per_rank: int) -> _Floats:

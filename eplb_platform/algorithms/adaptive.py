@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -38,6 +39,7 @@ _HOPELESS = 0.5
 _SLOTS_PER_THREAD = 2048
 
 
+@dataclass(kw_only=True, eq=False)
 class Adaptive(Algorithm):
     """Local search on the hottest rank over windows, at a price for each move.
 
@@ -55,25 +57,24 @@ class Adaptive(Algorithm):
     """
 
     name: ClassVar[str] = "adaptive"
+    hierarchical: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        move_price: float = 0.25,
-        cross_node_factor: float = 2.0,
-        max_moved_per_layer: int | None = None,
-        max_moved_per_rank_pair: int | None = None,
-        max_moved_per_cycle: int | None = None,
-        rank_speed: Sequence[float] | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        self.move_price = _number("move_price", move_price, 0)
-        self.cross_node_factor = _number("cross_node_factor", cross_node_factor, 1)
-        self.max_moved_per_layer = _limit("max_moved_per_layer", max_moved_per_layer, 0)
-        self.max_moved_per_rank_pair = _limit("max_moved_per_rank_pair", max_moved_per_rank_pair, 0)
-        self.max_moved_per_cycle = _limit("max_moved_per_cycle", max_moved_per_cycle, 0)
-        self.rank_speed = None if rank_speed is None else _speeds(rank_speed)
-        self.num_threads = _limit("num_threads", num_threads, 1)
+    move_price: float = 0.25
+    cross_node_factor: float = 2.0
+    max_moved_per_layer: int | None = None
+    max_moved_per_rank_pair: int | None = None
+    max_moved_per_cycle: int | None = None
+    rank_speed: Sequence[float] | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        self.move_price = _number("move_price", self.move_price, 0)
+        self.cross_node_factor = _number("cross_node_factor", self.cross_node_factor, 1)
+        for name in ("max_moved_per_layer", "max_moved_per_rank_pair", "max_moved_per_cycle"):
+            _check_limit(name, getattr(self, name), 0)
+        _check_limit("num_threads", self.num_threads, 1)
+        if self.rank_speed is not None:
+            self.rank_speed = _speeds(self.rank_speed)
 
     def place(
         self,
@@ -288,58 +289,24 @@ class _Search:
         algorithm.in_threads(repair, layers, problem.num_slots)
 
 
+@dataclass(kw_only=True, eq=False)
 class SwiftBalancer(Adaptive):
     """The movement-constrained setting: dearer moves, at most one expert from any rank to any other."""
 
     name: ClassVar[str] = "swift_balancer"
 
-    def __init__(
-        self,
-        *,
-        move_price: float = 0.5,
-        cross_node_factor: float = 2.0,
-        max_moved_per_layer: int | None = None,
-        max_moved_per_rank_pair: int | None = 1,
-        max_moved_per_cycle: int | None = None,
-        rank_speed: Sequence[float] | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        super().__init__(
-            move_price=move_price,
-            cross_node_factor=cross_node_factor,
-            max_moved_per_layer=max_moved_per_layer,
-            max_moved_per_rank_pair=max_moved_per_rank_pair,
-            max_moved_per_cycle=max_moved_per_cycle,
-            rank_speed=rank_speed,
-            num_threads=num_threads,
-        )
+    move_price: float = 0.5
+    max_moved_per_rank_pair: int | None = 1
 
 
+@dataclass(kw_only=True, eq=False)
 class FlashLB(Adaptive):
     """The multi-window setting: the best balance over the windows to come, with moves almost for nothing."""
 
     name: ClassVar[str] = "flashlb"
 
-    def __init__(
-        self,
-        *,
-        move_price: float = 0.02,
-        cross_node_factor: float = 1.0,
-        max_moved_per_layer: int | None = None,
-        max_moved_per_rank_pair: int | None = None,
-        max_moved_per_cycle: int | None = None,
-        rank_speed: Sequence[float] | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        super().__init__(
-            move_price=move_price,
-            cross_node_factor=cross_node_factor,
-            max_moved_per_layer=max_moved_per_layer,
-            max_moved_per_rank_pair=max_moved_per_rank_pair,
-            max_moved_per_cycle=max_moved_per_cycle,
-            rank_speed=rank_speed,
-            num_threads=num_threads,
-        )
+    move_price: float = 0.02
+    cross_node_factor: float = 1.0
 
 
 def _cores() -> int:
@@ -353,10 +320,9 @@ def _number(name: str, value: float, least: float) -> float:
     return float(value)
 
 
-def _limit(name: str, value: int | None, least: int) -> int | None:
+def _check_limit(name: str, value: int | None, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}, or None")
-    return value
 
 
 def _speeds(values: Sequence[float]) -> tuple[float, ...]:

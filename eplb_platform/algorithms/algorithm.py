@@ -25,6 +25,8 @@ class Algorithm(ABC):
     """
 
     name: ClassVar[str]
+    # Whether it keeps expert groups on nodes where `serving_ranks_by_node` says that it can be done.
+    hierarchical: ClassVar[bool] = False
 
     @abstractmethod
     def place(

@@ -28,6 +28,7 @@ class DeepSeek(Algorithm):
     """
 
     name: ClassVar[str] = "deepseek"
+    hierarchical: ClassVar[bool] = True
 
     def place(
         self,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from eplb_platform.algorithms.algorithm import Algorithm, AlgorithmError
+from eplb_platform.algorithms.deepseek import serving_ranks_by_node
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
 from eplb_platform.algorithms.slots import keep_slots
 from eplb_platform.balance import lower_bound, moved_experts, window_balancedness
@@ -22,7 +23,8 @@ class Plan:
     """The next expert map and what it promises on the load that it was made for. Arrays are [layers].
 
     balancedness: sum over windows of the mean rank load / sum of the hottest rank's, 1.0 without load
-    lower_bound: no valid map has sum of hottest / sum of mean below it, so balancedness <= 1 / lower_bound
+    lower_bound: no valid map has sum of hottest / sum of mean below it, so balancedness <= 1 / lower_bound;
+        where the algorithm keeps expert groups on nodes, no map that does
     moved_experts: experts that a rank must newly receive, against the current map or, where there is none,
         against the initial layout that engines start with
     """
@@ -76,7 +78,9 @@ def rebalance_experts(
         num_expert_groups=num_expert_groups,
         current=current,
     )
-    return _measured(algorithm, expert_map, windows, current)
+    return _measured(
+        algorithm, expert_map, windows, current, groups_kept(engine, expert_map, num_expert_groups)
+    )
 
 
 def place_experts(
@@ -106,8 +110,20 @@ def place_experts(
     return ExpertMap(keep_slots(expert_map.physical_to_logical, current), num_experts, topology)
 
 
+def groups_kept(algorithm: Algorithm, expert_map: ExpertMap, num_expert_groups: int) -> int:
+    """The expert groups that `algorithm` keeps on nodes in maps like this: all of them, or 1 for none."""
+    node_ranks = serving_ranks_by_node(
+        expert_map.topology, expert_map.num_logical_experts, num_expert_groups, expert_map.slots_per_rank
+    )
+    return num_expert_groups if algorithm.hierarchical and len(node_ranks) > 1 else 1
+
+
 def _measured(
-    algorithm: str, expert_map: ExpertMap, windows: NDArray[np.float64], current: ExpertMap | None
+    algorithm: str,
+    expert_map: ExpertMap,
+    windows: NDArray[np.float64],
+    current: ExpertMap | None,
+    num_groups_kept: int,
 ) -> Plan:
     old = current or ExpertMap.initial(
         expert_map.num_layers,
@@ -118,7 +134,9 @@ def _measured(
     return Plan(
         expert_map=expert_map,
         balancedness=window_balancedness(expert_map, windows),
-        lower_bound=lower_bound(windows, expert_map.num_physical_experts, expert_map.topology),
+        lower_bound=lower_bound(
+            windows, expert_map.num_physical_experts, expert_map.topology, num_groups_kept
+        ),
         moved_experts=moved_experts(old, expert_map),
         algorithm=algorithm,
     )

@@ -18,7 +18,7 @@ from eplb_platform.algorithms.discovery import (
     load_algorithm,
     make_algorithm,
 )
-from eplb_platform.algorithms.plan import DEFAULT_ALGORITHM, place_experts
+from eplb_platform.algorithms.plan import DEFAULT_ALGORITHM, groups_kept, place_experts
 from eplb_platform.balance import balancedness, lower_bound, moved_experts, rank_load, window_balancedness
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.topology import Topology
@@ -108,6 +108,7 @@ class Result:
 class _Tally:
     """What the plans on one collection after the other came to."""
 
+    algorithm: Algorithm
     shape: Shape
     reached: list[float]
     above: list[float]
@@ -117,7 +118,8 @@ class _Tally:
 
     def add(self, placed: ExpertMap, windows: Load, milliseconds: float, current: ExpertMap | None) -> None:
         reached = window_balancedness(placed, windows)
-        bound = lower_bound(windows, self.shape.num_slots, self.shape.topology)
+        kept = groups_kept(self.algorithm, placed, self.shape.num_groups)
+        bound = lower_bound(windows, self.shape.num_slots, self.shape.topology, kept)
         self.reached.append(float(reached.mean()))
         self.above.append(float((1 / (reached * bound)).mean()) - 1)
         self.spent.append(milliseconds)
@@ -154,7 +156,7 @@ def measure(
     repeats: times that a plan is made, of which the median counts. It is processor time of this process, in
         which the algorithm should keep to one thread, for the map with experts kept in their slots.
     """
-    tally, current = _Tally(shape, [], [], [], [], []), None
+    tally, current = _Tally(algorithm, shape, [], [], [], [], []), None
     for index, collection in enumerate(collections):
         windows = summed(collection, num_windows)
         placed, milliseconds = _timed(algorithm, windows, shape, current, repeats)

@@ -183,3 +183,26 @@ def test_maps_with_inactive_ranks_keep_the_lower_bound_too(topology: Topology, d
     bound = lower_bound(load, expert_map.num_physical_experts, topology)
     assert (bound >= 1).all()
     assert (window_balancedness(expert_map, load) <= 1 / bound).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from([(2, 4, 1), (2, 4, 2), (2, 6, 1), (3, 6, 1)]), st.integers(1, 3), st.data())
+def test_no_way_to_keep_groups_on_nodes_is_better_than_the_lower_bound(
+    shape: tuple[int, int, int], windows: int, data: st.DataObject
+) -> None:
+    """Against all ways to put groups on nodes, each perfectly level within its nodes."""
+    num_nodes, num_groups, ranks_of_node = shape
+    load = data.draw(loads(windows, 1, num_groups * 2)).astype(np.float64)
+    topology = Topology(num_nodes * ranks_of_node, num_nodes)
+    bound = lower_bound(load, num_groups * 2, topology, num_groups)[0]
+    by_group = load[:, 0].reshape(windows, num_groups, 2).sum(axis=2)
+    each = num_groups // num_nodes
+    best = np.inf
+    for order in itertools.permutations(range(num_groups)):
+        nodes = by_group[:, order].reshape(windows, num_nodes, each).sum(axis=2)
+        best = min(best, nodes.max(axis=1).sum() / ranks_of_node)
+    mean = load.sum() / topology.num_ranks
+    if mean > 0:
+        assert bound <= max(best / mean, lower_bound(load, num_groups * 2, topology)[0]) + 1e-9
+        if windows == 1 and each == 2 and ranks_of_node == 1:
+            assert bound == pytest.approx(best / mean)

@@ -64,7 +64,7 @@ def test_it_writes_the_map_that_the_library_plans(
     assert found["layers"] == [
         {"before": before[i], "after": plan.balancedness[i], "bound": bound, "moved_experts": moved}
         for i, (bound, moved) in enumerate(
-            zip(1 / lower_bound(load, 20, topology), plan.moved_experts, strict=True)
+            zip(1 / lower_bound(load, 20, topology, 4), plan.moved_experts, strict=True)
         )
     ]
     assert found["algorithm"] == "deepseek" and found["output"] == str(path)

@@ -20,6 +20,7 @@ class VllmDefaultPolicy(Algorithm):
     """What vLLM plans by default, called as vLLM calls it: on the load summed over the windows."""
 
     name: ClassVar[str] = "vllm"
+    hierarchical: ClassVar[bool] = True
 
     def place(
         self,
