@@ -179,7 +179,7 @@ def refuse_on_cpu(what: str) -> None:
 
     if current_platform.is_cpu():
         raise WeightUpdateRefused(
-            f"{what}: vLLM's layers on CPUs repack their weights and cannot take new ones; start the engine anew"
+            f"{what}: vLLM's layers on CPUs repack their weights and take no others; start the engine anew"
         )
 
 
