@@ -26,7 +26,7 @@ def engine(models: Models, folder: Path, deployed: Path) -> Iterator[Engine]:
         "expert_heat_collection_interval": 12,
         "algorithm_execution_interval": 0,
         "layer_updates_per_step": 4,
-        "eplb_policy_type": "random",
+        "eplb_policy_type": 1,
     }
     with Engine(models.demo, folder / "engine.log", tensor_parallel_size=2, eplb=eplb) as engine:
         yield engine
@@ -36,13 +36,11 @@ def test_map_is_where_it_starts_from(engine: Engine, deployed: Path) -> None:
     assert layouts(engine) == [ExpertMap.load(deployed).physical_to_logical.tolist()] * 2
 
 
-def test_tokens_stay_while_nearly_everything_moves(
-    engine: Engine, deployed: Path, unbalanced: Tokens
-) -> None:
+def test_tokens_stay_while_experts_move(engine: Engine, deployed: Path, unbalanced: Tokens) -> None:
     for _ in range(4):
         assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
     status = statuses(engine)[0]
     assert status["cycles"] >= 3
     assert status["failed_cycles"] == 0, status["last_error"]
-    assert status["moved_experts"] > 3 * 4 * 64 / 4
+    assert status["moved_experts"] > 0
     assert layouts(engine)[0] != ExpertMap.load(deployed).physical_to_logical.tolist()
