@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies-installed
 PROJECT      := $(VENV)/.project-installed
 VLLM         := .venv-vllm
-KERNEL_TESTS := $(addprefix tests/unit/test_,algorithms.py deepseek.py dispatch.py planning.py schedule.py)
+KERNEL_TESTS := $(addprefix tests/unit/test_,adaptive.py algorithms.py deepseek.py dispatch.py planning.py schedule.py)
 # One thread for each process: the tests run several ranks on few cores.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -498,6 +498,15 @@ def count_shares(table: Slots, count: Slots, experts: Slots) -> Floats:
 
 
 @kernel
+def nearness(slot: int, num_slots: int, rank: int, node_of_rank: Slots) -> int:
+    """2 for a slot on `rank`, 1 for one on its node, 0 for others; num_slots: of a rank."""
+    other = slot // num_slots
+    if other == rank:
+        return 2
+    return 1 if node_of_rank[other] == node_of_rank[rank] else 0
+
+
+@kernel
 def fill_local_table(experts: Slots, rank: int, node_of_rank: Slots, table: Slots, count: Slots) -> None:
     """Fill table, [layers, experts, width] of -1, and count, [layers, experts], for tokens of `rank`: the
     replicas on it, else those on its node, else all, beginning with another one on every rank.
@@ -513,16 +522,13 @@ def fill_local_table(experts: Slots, rank: int, node_of_rank: Slots, table: Slot
         for expert in range(num_experts):
             nearest, here = 0, 0
             for slot in replicas[first[expert] : first[expert + 1]]:
-                other = slot // num_slots
-                near = 2 if other == rank else 1 if node_of_rank[other] == node_of_rank[rank] else 0
+                near = nearness(slot, num_slots, rank, node_of_rank)
                 if near > nearest:
                     nearest, here = near, 0
                 here += near == nearest
             place = here - rank % here
             for slot in replicas[first[expert] : first[expert + 1]]:
-                other = slot // num_slots
-                near = 2 if other == rank else 1 if node_of_rank[other] == node_of_rank[rank] else 0
-                if near == nearest:
+                if nearness(slot, num_slots, rank, node_of_rank) == nearest:
                     table[layer, expert, place % here] = slot
                     place += 1
             count[layer, expert] = here

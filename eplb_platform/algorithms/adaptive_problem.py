@@ -139,7 +139,7 @@ def make_problem(
 
     Raises ValueError where `rank_speed` has another length than the ranks.
     """
-    from eplb_platform.algorithms.adaptive_kernels import smooth_layers
+    from eplb_platform.algorithms.noise_kernels import smooth_layers
 
     ranks = node_ranks.reshape(-1)
     slowness = np.ones(len(ranks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from functools import cache
@@ -21,6 +22,8 @@ from eplb_platform.topology import Topology
 from tests.unit.test_deepseek import Instance, instances
 
 TRACES = Path(__file__).parents[2].parent / "shared" / "traces"
+COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+large = pytest.mark.skipif(not COMPILED, reason="takes minutes where the kernels are not compiled")
 GOLDEN = np.array([[600, 560, 120, 120, 20, 10, 10, 10]])
 
 
@@ -82,7 +85,7 @@ def test_gap_to_the_exact_optimum_on_500_small_instances() -> None:
         (6, 4, 3),
     ]
     gaps = []
-    for index in range(500):
+    for index in range(500 if COMPILED else 27):
         num_experts, num_ranks, slots = shapes[index % len(shapes)]
         load = np.round(rng.lognormal(sigma=rng.choice([0.5, 1.0, 1.5]), size=(1, num_experts)) * 100) + 1
         optimum = (shares_of_every_map(num_experts, num_ranks, slots) @ load[0]).max(axis=1).min()
@@ -94,6 +97,7 @@ def test_gap_to_the_exact_optimum_on_500_small_instances() -> None:
     assert max(gaps) < 0.05
 
 
+@large
 @pytest.mark.parametrize(("seed", "zipf", "least"), [(0, True, 0.9998), (1, False, 0.9990)])
 def test_a_large_first_plan_is_near_optimal(seed: int, zipf: bool, least: float) -> None:
     rng = np.random.default_rng(seed)
@@ -103,6 +107,7 @@ def test_a_large_first_plan_is_near_optimal(seed: int, zipf: bool, least: float)
     assert plan.expert_map.same_rank_replicas.sum() == 0
 
 
+@large
 def test_repair_is_close_to_a_new_plan_for_a_tenth_of_its_moves() -> None:
     load, later = drifted(num_experts=256)
     current = plan_of(load, 288, Topology(32)).expert_map
@@ -113,12 +118,14 @@ def test_repair_is_close_to_a_new_plan_for_a_tenth_of_its_moves() -> None:
     assert repaired.moved_experts.sum() < 0.15 * moved_experts(current, anew.expert_map).sum()
 
 
+@large
 def test_a_hopeless_map_is_replaced() -> None:
     load = np.random.default_rng(3).permutation(1e6 / np.arange(1, 257))[None]
     plan = plan_from(ExpertMap.initial(1, 256, Topology(32), 32), load)
     assert plan.balancedness[0] > 0.95
 
 
+@large
 def test_what_is_planned_holds_on_forwards_to_come() -> None:
     # Two fields of use take turns; each has its own hot experts, and the sum of both looks even.
     rng = np.random.default_rng(2)
@@ -139,7 +146,7 @@ def test_few_moves_keep_up_with_noise_alone() -> None:
     assert plan_from(current, steps).moved_experts.sum() <= 6
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120 if COMPILED else 15, deadline=None)
 @given(instances(), st.booleans(), st.sampled_from(["adaptive", "swift_balancer", "flashlb"]))
 def test_every_plan_is_valid(instance: Instance, from_current: bool, algorithm: str) -> None:
     load, num_physical_experts, topology, groups, current = instance
@@ -157,7 +164,7 @@ def test_every_plan_is_valid(instance: Instance, from_current: bool, algorithm: 
     assert (plan.balancedness <= 1 / plan.lower_bound + 1e-9).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80 if COMPILED else 10, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 0.5, 3.0]), st.integers(1, 3))
 def test_never_worse_than_the_current_map_after_the_price_of_moving(
     seed: int, price: float, num_windows: int
@@ -179,7 +186,8 @@ def test_never_worse_than_the_current_map_after_the_price_of_moving(
     assert (1 / plan.balancedness + paid <= 1 / window_balancedness(current, load) + 1e-9).all()
 
 
-@settings(max_examples=15, deadline=None)
+@large
+@settings(max_examples=15 if COMPILED else 2, deadline=None)
 @given(st.integers(0, 10**6))
 def test_names_of_experts_and_ranks_do_not_matter(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -195,6 +203,7 @@ def test_names_of_experts_and_ranks_do_not_matter(seed: int) -> None:
     assert renamed_ranks.balancedness == pytest.approx(repaired.balancedness, abs=0.005)
 
 
+@large
 @pytest.mark.parametrize("algorithm", ["adaptive", "swift_balancer", "flashlb"])
 def test_the_number_of_threads_does_not_matter(algorithm: str) -> None:
     load, later = drifted(num_layers=12, num_experts=64)
@@ -355,10 +364,10 @@ def test_it_is_installed_under_its_names() -> None:
     assert load_algorithm("flashlb") is FlashLB
 
 
-def test_the_same_plan_without_compilation_and_nothing_to_compile_after_warm_up() -> None:
+def test_the_same_plan_without_compilation_and_nothing_left_to_compile_after_warm_up() -> None:
     code = """
 import numpy as np
-from eplb_platform.algorithms import adaptive_kernels, load_algorithm, rebalance_experts
+from eplb_platform.algorithms import adaptive_kernels, load_algorithm, noise_kernels, rebalance_experts
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.topology import Topology
 topology = Topology(4, 2)
@@ -371,7 +380,8 @@ def plans():
                 yield rebalance_experts(load, num_physical_experts=24, topology=topology,
                     num_expert_groups=groups, current=current, algorithm="adaptive").expert_map.digest()
 def compiled():
-    return sum(len(k.signatures) for k in vars(adaptive_kernels).values() if hasattr(k, "signatures"))
+    kernels = [*vars(adaptive_kernels).values(), *vars(noise_kernels).values()]
+    return sum(len(k.signatures) for k in kernels if hasattr(k, "signatures"))
 if PURE:
     print(*plans())
 else:
@@ -382,13 +392,18 @@ else:
 """
     pure, compiled = (
         subprocess.run(
-            [sys.executable, "-c", start + code], capture_output=True, text=True, check=True
+            [sys.executable, "-c", f"PURE = {disabled == '1'}\n{code}"],
+            env={**os.environ, "NUMBA_DISABLE_JIT": disabled},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-        for start in ("import os; os.environ['NUMBA_DISABLE_JIT'] = '1'; PURE = True\n", "PURE = False\n")
+        for disabled in ("1", "0")
     )
     assert pure == compiled
 
 
+@large
 @pytest.mark.skipif(not TRACES.is_dir(), reason="no recorded traces here")
 @pytest.mark.parametrize(
     ("past", "future", "least", "most_moved"),
