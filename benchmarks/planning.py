@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from eplb_platform.algorithms import Plan, load_algorithm, rebalance_experts
 from eplb_platform.algorithms.discovery import OptionValue
 from eplb_platform.balance import balancedness, moved_experts, rank_load, window_balancedness
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.offline.synthetic_load import SYNTHETIC_LOADS, LoadShape
 from eplb_platform.topology import Topology
 
 Load = NDArray[np.float64]
@@ -46,12 +48,8 @@ def median_ms(plan: Callable[[], Plan], repeats: int = 7) -> float:
 
 
 def seeded_loads() -> dict[str, Load]:
-    rng = np.random.default_rng(0)
-    zipf = 1e6 / np.arange(1, EXPERTS + 1)
-    return {
-        "zipf": np.stack([rng.permutation(zipf) for _ in range(LAYERS)]),
-        "lognormal": rng.lognormal(size=(LAYERS, EXPERTS)) * 1e4,
-    }
+    shape = LoadShape(LAYERS, EXPERTS, num_collections=1)
+    return {name: SYNTHETIC_LOADS[name](shape, 0)[0][0] for name in ("zipf", "lognormal")}
 
 
 def options_of(algorithm: str, **options: OptionValue) -> dict[str, Any]:
@@ -60,10 +58,6 @@ def options_of(algorithm: str, **options: OptionValue) -> dict[str, Any]:
 
 def report_cold(hierarchical: bool) -> None:
     for name, load in seeded_loads().items():
-        bound = np.ones(LAYERS)
-        if hierarchical:  # of eight groups in pairs: the best is the heaviest with the lightest
-            by_group = np.sort(load.reshape(LAYERS, 8, -1).sum(axis=2), axis=1)
-            bound = (by_group + by_group[:, ::-1]).max(axis=1) / load.sum(axis=1) * 4
         for algorithm in ("deepseek", "adaptive"):
             plan = partial(
                 rebalance_experts,
@@ -74,10 +68,12 @@ def report_cold(hierarchical: bool) -> None:
                 algorithm=algorithm,
                 **options_of(algorithm),
             )
-            found = plan().balancedness
+            made = plan()
+            found = made.balancedness
             print(
                 f"  {name:10} {algorithm:9} {found.mean():.5f}, worst layer {found.min():.5f}, "
-                f"{(1 / (found * bound)).mean() - 1:.4%} above the bound, {median_ms(plan):6.1f} ms"
+                f"{(1 / (found * made.lower_bound)).mean() - 1:.4%} above the bound, "
+                f"{median_ms(plan):6.1f} ms"
             )
 
 
@@ -121,30 +117,6 @@ def report_recorded(folder: Path) -> None:
             )
 
 
-def drifting_trace(kind: str, seed: int, *, spread: float = 0.5, domains: int = 6) -> Load:
-    """[400 forwards, 4 layers, 64 experts], 512 tokens to 8 experts each: fields of use whose shares follow
-    an AR(1) process, or one of which rules until another takes over.
-    """
-    rng = np.random.default_rng(seed)
-    layers, experts, forwards = 4, 64, 400
-    base = rng.normal(0, 0.35, (layers, experts))
-    popularity = np.exp(base + rng.normal(0, spread, (domains, layers, experts)))
-    state, ruling = rng.normal(0, 1, domains), int(rng.integers(domains))
-    load = np.zeros((forwards, layers, experts))
-    for forward in range(forwards):
-        if kind == "AR(1)":
-            state = 0.95 * state + np.sqrt(1 - 0.95**2) * rng.normal(0, 1, domains)
-            share = np.exp(1.5 * state)
-        else:
-            ruling = int(rng.integers(domains)) if rng.random() < 1 / 8 else ruling
-            share = np.full(domains, 0.3 / domains)
-            share[ruling] += 0.7
-        mixed = np.einsum("d,dle->le", share, popularity)
-        for layer in range(layers):
-            load[forward, layer] = rng.multinomial(4096, mixed[layer] / mixed[layer].sum())
-    return load
-
-
 def per_forward(expert_map: ExpertMap, load: Load) -> float:
     return float(balancedness(rank_load(expert_map, load)).mean())
 
@@ -159,12 +131,13 @@ def drift(kind: str, ranks: int, redundant: int, algorithm: str, **options: Any)
     DeepSeek's placement is made anew each time, as an engine's default policy does.
     """
     balance, moved = [], []
-    for seed in range(10, 13):
-        trace = drifting_trace(kind, seed)
-        current = ExpertMap.initial(trace.shape[1], trace.shape[2], Topology(ranks), redundant)
-        for now in range(40, 361, 40):
+    shape = LoadShape(num_layers=4, num_experts=64)
+    for seed in range(10, 16):
+        collections = SYNTHETIC_LOADS[kind](shape, seed)
+        current = ExpertMap.initial(shape.num_layers, shape.num_experts, Topology(ranks), redundant)
+        for index, (seen, unseen) in enumerate(pairwise(collections)):
             made = rebalance_experts(
-                trace[now - 40 : now],
+                seen,
                 num_physical_experts=current.num_physical_experts,
                 topology=current.topology,
                 current=None if algorithm == "deepseek" else current,
@@ -173,14 +146,14 @@ def drift(kind: str, ranks: int, redundant: int, algorithm: str, **options: Any)
             ).expert_map
             moved.append(moved_share(current, made))
             current = made
-            if now > 40:
-                balance.append(per_forward(current, trace[now : now + 40]))
+            if index:
+                balance.append(per_forward(current, unseen))
     return statistics.mean(balance), statistics.mean(moved)
 
 
 def report_drift() -> None:
     for ranks, redundant in ((8, 0), (8, 8), (8, 16), (16, 0), (16, 16)):
-        for kind in ("AR(1)", "switches"):
+        for kind in ("drifting", "switching"):
             peer, peer_moved = drift(kind, ranks, redundant, "deepseek")
             print(
                 f"  {ranks} ranks, {redundant} redundant, {kind}: deepseek {peer:.3f}, moved {peer_moved:.0%}"
