@@ -72,7 +72,8 @@ class Outcome:
     def print(self, console: Console) -> None:
         """A table for each case, for people."""
         for case, reports in self._by_case():
-            console.print(_table(case, [report for report in reports if report.result is not None]))
+            console.print(_title(case), markup=False, highlight=False, soft_wrap=True)
+            console.print(_table([report for report in reports if report.result is not None]))
         for line in self._not_run():
             console.print(line, markup=False)
         console.print(
@@ -202,15 +203,16 @@ def _recorded(request: Request, shapes: Sequence[Shape]) -> list[Case]:
     return [Case(" + ".join(path.stem for path in request.traces), shape, collections) for shape in fitting]
 
 
-def _table(case: Case, reports: Sequence[Report]) -> Table:
+def _title(case: Case) -> str:
     initial = initial_balancedness(case.collections, case.shape)
-    table = Table(
-        title=f"{case.load}, {case.shape}, {case.collections[0].shape[1]} layers, "
-        f"{len(case.collections)} collections; balancedness as engines start {initial:.3f}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    return (
+        f"{case.load}, {case.shape}, {case.collections[0].shape[1]} layers, "
+        f"{len(case.collections)} collections; balancedness as engines start {initial:.3f}"
     )
+
+
+def _table(reports: Sequence[Report]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for column in ("first plan", "above bound", "ms", "then", "above bound", "unseen", "moved", "ms"):
         table.add_column(column, justify="right", min_width=6)
