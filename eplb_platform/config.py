@@ -174,6 +174,11 @@ class EplbConfig(BaseModel):
     max_moved_experts_per_layer: _OptionalPositive = Field(
         default=None, description="Experts that one rearrangement may move in a layer; null: no limit."
     )
+    weighted_dispatch: _Switch = Field(
+        default=False,
+        description="Give each replica the share of its expert's tokens that levels the ranks, through "
+        "repeated entries of the routing tables; false: evenly, unless the algorithm asks for it.",
+    )
     staging_memory_mb: _OptionalAmount = Field(
         default=None,
         description="Megabytes per rank for weights in flight, allocated at start; "

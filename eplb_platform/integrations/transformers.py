@@ -51,6 +51,9 @@ nothing."""
 
 MAX_REPLICA_COLUMNS = 1024
 
+WEIGHTED_COLUMNS = 32
+"""Entries for an expert where there are redundant ones, so that replicas can take unequal shares."""
+
 
 @dataclass(frozen=True)
 class ExpertGroup:
@@ -220,7 +223,8 @@ class ExpertParallelModel:
         self._blocks = tuple(blocks)
         self._expert_map = expert_map
         device = blocks[0].gate.device
-        width = min(expert_map.num_redundant_experts + 1, MAX_REPLICA_COLUMNS)
+        redundant = expert_map.num_redundant_experts
+        width = min(max(redundant + 1, WEIGHTED_COLUMNS if redundant else 1), MAX_REPLICA_COLUMNS)
         layers, experts = expert_map.num_layers, expert_map.num_logical_experts
         self._logical_to_physical = torch.zeros(layers, experts, width, dtype=torch.int64, device=device)
         self._replica_count = torch.zeros(layers, experts, dtype=torch.int64, device=device)
@@ -259,16 +263,34 @@ class ExpertParallelModel:
 
         Raises ValueError for a map of another shape than the one loaded.
         """
+        chosen = list(layers)
+        table = expert_map.logical_to_physical_padded(self.routing_table_width)[chosen]
+        self.apply_tables(layers, expert_map, table, expert_map.replica_count[chosen])
+
+    @property
+    def routing_table_width(self) -> int:
+        """Entries of a routing table's row."""
+        return int(self._logical_to_physical.shape[-1])
+
+    def apply_tables(
+        self,
+        layers: Sequence[int],
+        expert_map: ExpertMap,
+        logical_to_physical: NDArray[np.int32],
+        count: NDArray[np.int32],
+    ) -> None:
+        """As `apply_map`, by tables in which entries may repeat.
+
+        logical_to_physical: [len(layers), logical, width]; count: [len(layers), logical]
+        """
         old = self._expert_map
         if expert_map.physical_to_logical.shape != old.physical_to_logical.shape or (
             expert_map.num_logical_experts != old.num_logical_experts
         ):
             raise ValueError(f"expert map {expert_map!r}; the model was loaded for {old!r}")
         chosen = list(layers)
-        table = expert_map.logical_to_physical_padded(self._logical_to_physical.shape[-1])[chosen]
-        count = expert_map.replica_count[chosen]
-        self._logical_to_physical[chosen] = torch.from_numpy(table.astype(np.int64)).to(self._load.device)
-        self._replica_count[chosen] = torch.from_numpy(count.astype(np.int64)).to(self._load.device)
+        for target, rows in ((self._logical_to_physical, logical_to_physical), (self._replica_count, count)):
+            target[chosen] = torch.from_numpy(rows.astype(np.int64)).to(self._load.device)
         self._expert_map = old.replace_layers(chosen, expert_map)
 
     def take_load(self) -> NDArray[np.int64]:

@@ -198,10 +198,15 @@ def _cut(old: ExpertMap, new: ExpertMap, layer: Ids, source: Ids, target: Ids, s
     return chunks
 
 
+def unmoved(layers: Sequence[int], expert_map: ExpertMap) -> Chunk:
+    """A chunk of `layers` that changes their routing alone and moves no weights."""
+    none = np.empty(0, dtype=np.int32)
+    return Chunk(tuple(layers), none, none, none, none, expert_map)
+
+
 def _map_change(expert_map: ExpertMap) -> Chunk:
     """A chunk of all layers that moves no weights."""
-    none = np.empty(0, dtype=np.int32)
-    return Chunk(tuple(range(expert_map.num_layers)), none, none, none, none, expert_map)
+    return unmoved(range(expert_map.num_layers), expert_map)
 
 
 def _slots_of(ranks: Sequence[int], expert_map: ExpertMap) -> NDArray[np.bool_]:

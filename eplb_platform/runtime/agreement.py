@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from eplb_platform.expert_map import ExpertMap
 from eplb_platform.runtime.ports import Clock, ControlPlane
 
 FIRST_POLL_S = 0.0005
@@ -42,9 +42,15 @@ def same(offers: Sequence[int]) -> int:
     return offers[0]
 
 
-def map_fingerprint(*maps: ExpertMap) -> int:
-    """63 bits, to be offered, that differ when two ranks mean different maps."""
-    digests = " ".join(expert_map.digest() for expert_map in maps)
+class Digestible(Protocol):
+    """What has a digest that is the same on every rank and machine for the same content."""
+
+    def digest(self) -> str: ...
+
+
+def fingerprint(*contents: Digestible) -> int:
+    """63 bits, to be offered, that differ when two ranks mean different maps or tables."""
+    digests = " ".join(content.digest() for content in contents)
     return int.from_bytes(hashlib.blake2b(digests.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import HeatWindows, Phase
-from eplb_platform.migration.schedule import Chunk
 from eplb_platform.records import RecordError
+from eplb_platform.runtime.commit import Commit
 from eplb_platform.runtime.cycle import (
     PLANNING_RANK,
     Cycle,
@@ -28,9 +28,10 @@ from eplb_platform.runtime.gate import ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.ports import Planner, Recorder, Tracer, run_blocking
 from eplb_platform.runtime.production import BackgroundThread
-from eplb_platform.runtime.served_model import ServedModel
+from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.stats import BalancerStats
 from eplb_platform.runtime.step_loads import StepLoads
+from eplb_platform.runtime.weighting import RoutingTables
 
 if TYPE_CHECKING:
     from eplb_platform.migration.transfer import Migrator
@@ -73,6 +74,7 @@ class Balancer:
     passes included, so that all ranks count the same passes. Built by `start_balancer`.
 
     expert_map: what the weights follow now
+    tables: what `model` routes by now, a `WeightedModel`; None where replicas always share evenly
     model_name: for the log
     """
 
@@ -86,6 +88,7 @@ class Balancer:
         *,
         model_name: str,
         expert_map: ExpertMap,
+        tables: RoutingTables | None,
         heat: LockedHeat,
         migrator: Migrator | None,
         planner: Planner,
@@ -101,6 +104,7 @@ class Balancer:
         self._model = model
         self._model_name = model_name
         self._expert_map = expert_map
+        self._tables = tables
         self._link = link
         self._meetings = meetings
         self._rules = rules
@@ -146,9 +150,9 @@ class Balancer:
         self._heat.record(physical_load, self._expert_map, phase, is_dummy)
         if self._step_loads is not None:
             self._step_loads.record(physical_load, self._expert_map, phase=phase, is_dummy=is_dummy)
-        chunk = self._pass_boundary()
-        if chunk is not None:
-            self._commit(chunk)
+        commit = self._pass_boundary()
+        if commit is not None:
+            self._execute(commit)
         if self._is_due():
             self._start_cycle()
         stall = self._link.clock.now() - started
@@ -192,10 +196,11 @@ class Balancer:
         gate.drop_commits()
         self._await_end_of_cycle("invalidate")
         gate.reopen()
-        self._expert_map, self._map_since = expert_map, self._link.clock.now()
+        self._map_since = self._link.clock.now()
         if self._migrator is not None:
             self._migrator.follow(self._model.expert_weights)
-        self._model.apply_map(range(expert_map.num_layers), expert_map)
+        tables = None if self._tables is None else RoutingTables.even(expert_map, self._tables.width)
+        self._route(range(expert_map.num_layers), expert_map, tables)
         self.stats.invalidations += 1
 
     def drain(self, timeout_s: float | None = None) -> None:
@@ -293,7 +298,7 @@ class Balancer:
 
     # --- committing ---
 
-    def _pass_boundary(self) -> Chunk | None:
+    def _pass_boundary(self) -> Commit | None:
         started = self._link.clock.now()
         try:
             return self._link.gate.pass_boundary(ANSWER_TIMEOUTS * self._rules.timeout_s)
@@ -302,16 +307,27 @@ class Balancer:
             self.stats.wait_s += wait
             self.stats.longest_wait_s = max(self.stats.longest_wait_s, wait)
 
-    def _commit(self, chunk: Chunk) -> None:
+    def _execute(self, commit: Commit) -> None:
         if self._migrator is None:
             raise RuntimeError("a commit was agreed for a balancer that only observes")
+        chunk = commit.chunk
         self._migrator.swap(chunk)
-        self._model.apply_map(chunk.layers, chunk.map_after)
-        self._expert_map, self._map_since = chunk.map_after, self._link.clock.now()
+        self._route(chunk.layers, chunk.map_after, commit.tables)
+        self._map_since = self._link.clock.now()
         self.stats.commits += 1
         if self.stats.first_commit_step is None:
             self.stats.first_commit_step = self.stats.steps
         self._link.gate.committed()
+
+    def _route(self, layers: Sequence[int], expert_map: ExpertMap, tables: RoutingTables | None) -> None:
+        """Route `layers` by this map from now on, its replicas evenly or by the tables."""
+        if tables is None:
+            self._model.apply_map(layers, expert_map)
+        else:
+            chosen = list(layers)
+            model = cast(WeightedModel, self._model)
+            model.apply_tables(layers, expert_map, tables.logical_to_physical[chosen], tables.count[chosen])
+        self._expert_map, self._tables = expert_map, tables
 
     # --- cycles ---
 
@@ -345,9 +361,9 @@ class Balancer:
         """Ranks learn of an agreed commit one after the other; each that does executes it at once."""
         deadline = self._link.clock.now() + ANSWER_TIMEOUTS * self._rules.timeout_s
         while not self._background.wait_idle(LOOK_AGAIN_S):
-            chunk = self._link.gate.agreed_chunk()
-            if chunk is not None:
-                self._commit(chunk)
+            commit = self._link.gate.agreed_commit()
+            if commit is not None:
+                self._execute(commit)
             if self._link.clock.now() > deadline:
                 raise ForwardStopped(f"{purpose}: the background thread is still in {self.state}")
         self._wish_to_end = ""
@@ -366,6 +382,7 @@ class Balancer:
             step_loads=self._step_loads,
             tracer=self._tracer,
             expert_map=self._expert_map,
+            tables=self._tables,
             is_ending=self._why_end,
             on_stage=self._enter,
         )

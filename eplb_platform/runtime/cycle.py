@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from eplb_platform.balance import mean_over_max, moved_experts, window_balancedness, window_rank_load
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.migration.schedule import Chunk, build_schedule
+from eplb_platform.migration.schedule import Chunk, build_schedule, unmoved
 from eplb_platform.records import RecordError
-from eplb_platform.runtime.agreement import Agreement, CycleAborted, map_fingerprint, same
+from eplb_platform.runtime.agreement import Agreement, CycleAborted, fingerprint, same
+from eplb_platform.runtime.commit import Commit
 from eplb_platform.runtime.gate import CommitGate, CommitsDropped
 from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder, Tracer
 from eplb_platform.runtime.step_loads import StepLoads
+from eplb_platform.runtime.weighting import RoutingTables, worth_reweighing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,6 +150,7 @@ class Cycle:
         step_loads: StepLoads | None,
         tracer: Tracer | None,
         expert_map: ExpertMap,
+        tables: RoutingTables | None,
         is_ending: Callable[[], str],
         on_stage: Callable[[Stage], None],
     ) -> None:
@@ -160,6 +163,7 @@ class Cycle:
         self._step_loads = step_loads
         self._tracer = tracer
         self._map = expert_map
+        self._tables = tables
         self._is_ending = is_ending
         self._on_stage = on_stage
         self._started_at_boundary = link.gate.boundary
@@ -199,12 +203,18 @@ class Cycle:
             await self._record(self._map, keep_earlier=not self._rules.moves_experts)
             return
         if self._link.rank == PLANNING_RANK:
-            self.report.rank_load = window_rank_load(self._map, load)
+            self.report.rank_load = self._rank_load(load)
         if not self._rules.plans:
             return
-        planned = await self._plan(load)
+        planned, aim = await self._plan(load)
+        if aim is not None and self._tables is not None:
+            reweighed = worth_reweighing(self._map, planned, self._tables, aim, load)
+            if reweighed:
+                await self._move(
+                    "weights", unmoved(reweighed, self._map), self._tables.with_layers(reweighed, aim)
+                )
         if self._rules.moves_experts and planned != self._map:
-            await self._rearrange(planned)
+            await self._rearrange(planned, aim)
         await self._record(self._map if self._rules.moves_experts else planned)
 
     # --- the stages, in their order ---
@@ -254,7 +264,8 @@ class Cycle:
         except RecordError as error:
             self.report.trace_error = str(error)
 
-    async def _plan(self, load: NDArray[np.int64]) -> ExpertMap:
+    async def _plan(self, load: NDArray[np.int64]) -> tuple[ExpertMap, RoutingTables | None]:
+        """The map to move to, and the tables to route by there."""
         current = planned = self._map
         with self._timed(Stage.PLAN):
             if self._link.rank == PLANNING_RANK:
@@ -265,17 +276,25 @@ class Cycle:
             with self._inside_group(), self._timed(Stage.BROADCAST):
                 planned = await self._broadcast(planned)
         with self._timed(Stage.COMPARE):
-            await self._places.agree(
-                "compare", map_fingerprint(current, planned), same, timeout_s=self._timeout_s
-            )
-        return planned
+            aim = None if self._tables is None else RoutingTables.level(planned, load, self._tables.width)
+            if aim is not None and self._link.rank == PLANNING_RANK:
+                self.report.planned_balancedness = mean_over_max(*aim.window_rank_load(planned, load))
+            digests = (current, planned) if aim is None else (current, planned, aim)
+            await self._places.agree("compare", fingerprint(*digests), same, timeout_s=self._timeout_s)
+        return planned, aim
+
+    def _rank_load(self, load: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and maximum over ranks of what is in force, [layers] each."""
+        if self._tables is None:
+            return window_rank_load(self._map, load)
+        return self._tables.window_rank_load(self._map, load)
 
     async def _broadcast(self, planned: ExpertMap) -> ExpertMap:
         slots = planned.physical_to_logical.astype(np.int64)
         slots = await self._link.group.broadcast(slots, PLANNING_RANK)
         return ExpertMap(slots, planned.num_logical_experts, planned.topology)
 
-    async def _rearrange(self, planned: ExpertMap) -> None:
+    async def _rearrange(self, planned: ExpertMap, aim: RoutingTables | None) -> None:
         with self._timed(Stage.SCHEDULE):
             schedule = build_schedule(
                 self._map,
@@ -285,9 +304,22 @@ class Cycle:
             )
         self.report.skipped_layers = schedule.skipped_layers
         for index, chunk in enumerate(schedule.chunks):
-            await self._move(f"chunk/{index}", chunk)
+            await self._move(f"chunk/{index}", chunk, self._tables_after(chunk, planned, aim))
 
-    async def _move(self, place: str, chunk: Chunk) -> None:
+    def _tables_after(
+        self, chunk: Chunk, planned: ExpertMap, aim: RoutingTables | None
+    ) -> RoutingTables | None:
+        """A layer that is only part of its way is routed evenly until it arrives."""
+        if aim is None or self._tables is None:
+            return None
+        after = chunk.map_after.physical_to_logical
+        arrived = [
+            layer for layer in chunk.layers if (after[layer] == planned.physical_to_logical[layer]).all()
+        ]
+        even = RoutingTables.even(chunk.map_after, aim.width)
+        return self._tables.with_layers(chunk.layers, even).with_layers(arrived, aim)
+
+    async def _move(self, place: str, chunk: Chunk, tables: RoutingTables | None) -> None:
         with self._timed(Stage.FETCH):
             # Others come here only after their own commit of the chunk before, and an idle engine commits
             # nothing.
@@ -297,13 +329,13 @@ class Cycle:
         with self._timed(Stage.AGREE):
             await self._places.agree(f"{place}/staged", timeout_s=self._timeout_s)
             boundary = await self._agree_on_boundary(f"{place}/commit")
-            self._link.gate.commit_at(boundary, chunk)
+            self._link.gate.commit_at(boundary, Commit(chunk, tables))
         with self._timed(Stage.COMMIT):
             await self._wait_for_the_commit()
         self.report.outcome = Outcome.MOVED
         self.report.chunks_committed += 1
         self.report.moved_experts += int(moved_experts(self._map, chunk.map_after).sum())
-        self._map = chunk.map_after
+        self._map, self._tables = chunk.map_after, tables
 
     async def _agree_on_boundary(self, place: str) -> int:
         """From the promise on, this rank acts on the verdict of `place` alone, or stops when it cannot learn

@@ -14,7 +14,7 @@ from eplb_platform.balance import moved_experts
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Schedule, ScheduleError, build_schedule
 from eplb_platform.migration.staging import BYTES_PER_MB
-from eplb_platform.runtime.agreement import Agreement, CycleAborted, map_fingerprint, same
+from eplb_platform.runtime.agreement import Agreement, CycleAborted, fingerprint, same
 from eplb_platform.runtime.ports import run_blocking
 from eplb_platform.topology import Topology
 
@@ -56,19 +56,19 @@ class Deployment:
         compared then too. Raises `DeploymentError` on all ranks when one of them fails.
         """
         goal = current if target is None else _on_nodes_of(target, current.topology)
-        self._meet("maps", "the ranks do not start from one expert map", map_fingerprint(current, goal))
+        self._meet("maps", "the ranks do not start from one expert map", fingerprint(current, goal))
         if goal == current:
             return current
         try:
             self._move(current, goal)
         except Exception as error:
             raise DeploymentError(f"the expert map cannot be deployed: {self._announce(error)}") from error
-        self._meet("deployed", "the expert map cannot be deployed", map_fingerprint(goal))
+        self._meet("deployed", "the expert map cannot be deployed", fingerprint(goal))
         return goal
 
-    def _meet(self, place: str, fault: str, fingerprint: int) -> None:
+    def _meet(self, place: str, fault: str, offer: int) -> None:
         try:
-            run_blocking(self.places.agree(place, fingerprint, same, timeout_s=self.timeout_s))
+            run_blocking(self.places.agree(place, offer, same, timeout_s=self.timeout_s))
         except CycleAborted as aborted:
             raise DeploymentError(f"{fault}: {aborted}") from aborted
 

@@ -2,14 +2,14 @@
 
 Boundaries are numbered by the forward passes that have ended. The background thread promises that the forward
 thread will not pass a boundary before it knows what was decided; the forward thread waits only if it outruns
-that promise, and commits the chunk at exactly the agreed boundary.
+that promise, and executes the commit at exactly the agreed boundary.
 """
 
 from __future__ import annotations
 
 import threading
 
-from eplb_platform.migration.schedule import Chunk
+from eplb_platform.runtime.commit import Commit
 
 
 class ForwardStopped(RuntimeError):
@@ -27,7 +27,7 @@ class CommitGate:
         self.changed = threading.Condition()
         self._boundary = 0
         self._promise: int | None = None
-        self._chunk: Chunk | None = None
+        self._commit: Commit | None = None
         self._commit_at: int | None = None
         self._failure: BaseException | None = None
         self._is_dropping = False
@@ -54,12 +54,14 @@ class CommitGate:
             self._promise = max(self._boundary + max(margin, 1), not_before)
             return self._promise
 
-    def commit_at(self, boundary: int, chunk: Chunk) -> None:
-        """All ranks agreed: the forward thread commits `chunk` at `boundary`, unless commits are dropped."""
+    def commit_at(self, boundary: int, commit: Commit) -> None:
+        """All ranks agreed: the forward thread executes `commit` at `boundary`, unless commits are
+        dropped.
+        """
         with self.changed:
             if self._is_dropping:
                 return
-            self._commit_at, self._chunk, self._promise = boundary, chunk, None
+            self._commit_at, self._commit, self._promise = boundary, commit, None
             self.changed.notify_all()
 
     def release(self) -> None:
@@ -97,8 +99,9 @@ class CommitGate:
         """Whether the next `pass_boundary` has to wait for an answer."""
         return self._is_unanswered(self._boundary + 1)
 
-    def pass_boundary(self, timeout_s: float) -> Chunk | None:
-        """Count a forward pass as ended; return the chunk to commit now, if one was agreed for this boundary.
+    def pass_boundary(self, timeout_s: float) -> Commit | None:
+        """Count a forward pass as ended; return the commit to execute now, if one was agreed for this
+        boundary.
 
         Raises `ForwardStopped` when a promise is not answered within `timeout_s` seconds or cannot be
         answered.
@@ -112,19 +115,19 @@ class CommitGate:
                 raise ForwardStopped(
                     f"boundary {self._boundary} is past the agreed commit at {self._commit_at}"
                 )
-            return self._chunk if self._boundary == self._commit_at else None
+            return self._commit if self._boundary == self._commit_at else None
 
     def committed(self) -> None:
         """The forward thread has executed the agreed commit."""
         with self.changed:
-            self._commit_at = self._chunk = None
+            self._commit_at = self._commit = None
             self.changed.notify_all()
 
-    def agreed_chunk(self) -> Chunk | None:
-        """The chunk whose commit is agreed and not executed yet, whatever its boundary; for when the forward
+    def agreed_commit(self) -> Commit | None:
+        """The commit that is agreed and not executed yet, whatever its boundary; for when the forward
         threads of all ranks are between two passes.
         """
-        return self._chunk
+        return self._commit
 
     def drop_commits(self) -> None:
         """Execute no commit of the running cycle: the forward threads of all ranks have agreed on it.
@@ -133,7 +136,7 @@ class CommitGate:
         """
         with self.changed:
             self._is_dropping = True
-            self._promise = self._commit_at = self._chunk = self._failure = None
+            self._promise = self._commit_at = self._commit = self._failure = None
             self.changed.notify_all()
 
     def reopen(self) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 from eplb_platform.expert_map import ExpertMap
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 class ServedModel(Protocol):
@@ -35,5 +37,30 @@ class ServedModel(Protocol):
         """Route the tokens of `layers` by `expert_map` from the next forward pass on.
 
         Forward thread, between two passes, right after the weights were swapped; updates tables in place.
+        """
+        ...
+
+
+class WeightedModel(ServedModel, Protocol):
+    """A model whose routing tables may give the replicas of an expert unequal shares."""
+
+    @property
+    def routing_table_width(self) -> int:
+        """Entries that a row of the device's table has room for, the same on every rank; the more, the finer
+        the shares.
+        """
+        ...
+
+    def apply_tables(
+        self,
+        layers: Sequence[int],
+        expert_map: ExpertMap,
+        logical_to_physical: NDArray[np.int32],
+        count: NDArray[np.int32],
+    ) -> None:
+        """In place of `apply_map`: route the tokens of `layers` by these tables from the next pass on.
+
+        logical_to_physical: [len(layers), logical, width], padded with -1; entries repeat
+        count: [len(layers), logical], entries in use
         """
         ...

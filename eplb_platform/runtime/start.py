@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from eplb_platform.algorithms import load_algorithm
 from eplb_platform.config import EplbConfig
+from eplb_platform.dispatch import warm_up as warm_up_dispatch
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import MIN_SKEW_STEPS, HeatWindows, LoadCollection
 from eplb_platform.migration.schedule import warm_up as warm_up_schedule
@@ -25,10 +26,11 @@ from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
 from eplb_platform.runtime.ports import Planner, Recorder, Tracer
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import MapRecorder, TraceRecorder
-from eplb_platform.runtime.served_model import ServedModel
+from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.step_loads import StepLoads
 from eplb_platform.runtime.step_loads import warm_up as warm_up_step_loads
 from eplb_platform.runtime.store_plane import StoreControlPlane
+from eplb_platform.runtime.weighting import RoutingTables
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -105,6 +107,7 @@ def start_balancer(
             _rules(config, migrator),
             model_name=model_name or name,
             expert_map=expert_map,
+            tables=_even_tables(config, model, expert_map),
             heat=LockedHeat(_heat_windows(config, model)),
             migrator=migrator,
             planner=planner or _planner(config, num_expert_groups, rank),
@@ -200,6 +203,18 @@ def _planner(config: EplbConfig, num_expert_groups: int, rank: int) -> Algorithm
 def _map_recorder(config: EplbConfig) -> MapRecorder | None:
     path = config.expert_map_record_path
     return None if path is None else MapRecorder(Path(path))
+
+
+def _even_tables(config: EplbConfig, model: ServedModel, expert_map: ExpertMap) -> RoutingTables | None:
+    """What a model routes by whose replicas may get unequal shares later; None where they never do."""
+    asked = config.weighted_dispatch or getattr(load_algorithm(config.algorithm), "weighted_dispatch", False)
+    if not (config.moves_experts and asked):
+        return None
+    if not hasattr(model, "apply_tables"):
+        logger.warning("%s takes no weighted tables: replicas share evenly", type(model).__name__)
+        return None
+    warm_up_dispatch()
+    return RoutingTables.even(expert_map, cast(WeightedModel, model).routing_table_width)
 
 
 def _step_loads(config: EplbConfig, model: ServedModel) -> StepLoads | None:

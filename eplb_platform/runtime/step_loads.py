@@ -98,15 +98,17 @@ class StepLoads:
     def block(self, first: int, end: int) -> NDArray[np.int64]:
         """Passes `first` to `end` - 1, to be added up over ranks: [passes, layers * logical + 3].
 
-        The last columns say in which phase this rank was: 1 for that one, nothing for a dummy pass.
+        The last columns say in which phase this rank was: 1 for that one, nothing for a dummy pass. A pass
+        that this rank has lost meanwhile counts as one.
         """
         from eplb_platform.runtime.step_load_kernels import fold_load
 
         with self._lock:
-            passes = self._passes[first - self._first : end - self._first]
+            missing = max(0, self._first - first)
+            passes = self._passes[max(0, first - self._first) : max(0, end - self._first)]
         load = np.zeros((end - first, *self.shape), dtype=np.int64)
         phase = np.zeros((end - first, len(Phase)), dtype=np.int64)
-        for row, one in enumerate(passes):
+        for row, one in enumerate(passes, start=missing):
             if one.load is not None:
                 fold_load(one.load, one.expert_map.physical_to_logical, load[row])
             if one.phase is not None:

@@ -111,7 +111,7 @@ def serve_reloaded(rank: int, num_ranks: int, store: Store, reload: Reload) -> R
     wrong += failed
     if rank == reload.ahead_rank or reload.ahead_rank is None:
         balancer.step(load)
-    was_pending, was_promised = gate.agreed_chunk() is not None, gate._promise is not None
+    was_pending, was_promised = gate.agreed_commit() is not None, gate._promise is not None
     map_before, commits_before = balancer.expert_map, balancer.stats.commits
     threading.Timer(0.1, holder.let_go.set).start()
     error = late_error = ""

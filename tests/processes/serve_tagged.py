@@ -19,7 +19,7 @@ from eplb_platform.balance import balancedness
 from eplb_platform.heat import Phase
 from eplb_platform.migration.schedule import Chunk
 from eplb_platform.runtime import Balancer, Stage, start_balancer
-from tests.processes.tagged_model import TaggedModel
+from tests.processes.tagged_model import NUM_REDUNDANT, TaggedModel
 
 DYNAMIC: dict[str, object] = {
     "dynamic_eplb": True,
@@ -44,6 +44,7 @@ class Run:
     """Stop serving, on all ranks at one step, soon after rank 0's cycle has entered this stage."""
     deploy: tuple[NDArray[np.int32] | None, ...] = ()
     """What each rank deploys at start: [layers, physical], or None."""
+    num_redundant_experts: int = NUM_REDUNDANT
     dummy_steps: tuple[int, ...] = ()
     """Steps that are dummy passes on every rank."""
     rank_1_dummy_steps: tuple[int, ...] = ()
@@ -69,6 +70,7 @@ class RunResult:
 
     wrong_tokens: int
     misplaced_experts: int
+    is_weighted: bool
     first_wrong_step: int | None
     stats: dict[str, int | float | str | None]
     state_before_close: str
@@ -154,7 +156,7 @@ def commit_late_on_rank_1(balancer: Balancer, step: int) -> None:
     if step == 0 and balancer._link.rank == 1:
         gate = balancer._link.gate
         on_time = gate.commit_at
-        gate.commit_at = lambda boundary, chunk: on_time(boundary + 1, chunk)  # type: ignore[method-assign]
+        gate.commit_at = lambda boundary, commit: on_time(boundary + 1, commit)  # type: ignore[method-assign]
 
 
 def die_late(balancer: Balancer, step: int) -> None:
@@ -193,7 +195,7 @@ ACTIONS: dict[str, Callable[[Balancer, int], None]] = {
 def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     """Serve `run.steps` forward passes under a balancer and close it."""
     backend = WatchedBackend()
-    model = TaggedModel(backend, store, rank, num_ranks)
+    model = TaggedModel(backend, store, rank, num_ranks, run.num_redundant_experts)
     observer = StageObserver(run, rank)
     config = EplbConfig.from_additional_config({"eplb_config": run.config}, environ={})
     deploy = run.map_to_deploy(rank, model.expert_map)
@@ -222,6 +224,7 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     return RunResult(
         sum(wrong),
         model.misplaced_experts(balancer.expert_map),
+        model.repeats_entries,
         first_wrong,
         balancer.stats.as_dict(),
         state,

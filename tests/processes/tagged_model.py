@@ -16,6 +16,7 @@ from eplb_platform.backend import Backend
 NUM_LAYERS = 3
 NUM_EXPERTS = 16
 NUM_REDUNDANT = 4
+TABLE_WIDTH = 16
 TOKENS_PER_STEP = 64
 TOP_K = 2
 STEPS_PER_TOPIC = 200
@@ -55,7 +56,7 @@ class TaggedModel:
             ]
             for layer in range(NUM_LAYERS)
         ]
-        width = self.expert_map.num_redundant_experts + 1
+        width = max(self.expert_map.num_redundant_experts + 1, TABLE_WIDTH)
         self._tables = torch.from_numpy(np.array(self.expert_map.logical_to_physical_padded(width)))
         self._counts = torch.from_numpy(np.array(self.expert_map.replica_count))
         self._width = width
@@ -78,10 +79,30 @@ class TaggedModel:
         return wrong
 
     def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
-        tables = expert_map.logical_to_physical_padded(self._width)
-        for layer in layers:
-            self._tables[layer].copy_(torch.from_numpy(np.array(tables[layer])))
-            self._counts[layer].copy_(torch.from_numpy(np.array(expert_map.replica_count[layer])))
+        chosen = list(layers)
+        tables = expert_map.logical_to_physical_padded(self._width)[chosen]
+        self.apply_tables(layers, expert_map, tables, expert_map.replica_count[chosen])
+
+    @property
+    def routing_table_width(self) -> int:
+        return self._width
+
+    def apply_tables(
+        self,
+        layers: Sequence[int],
+        expert_map: ExpertMap,
+        logical_to_physical: NDArray[np.int32],
+        count: NDArray[np.int32],
+    ) -> None:
+        for row, layer in enumerate(layers):
+            self._tables[layer].copy_(torch.from_numpy(np.array(logical_to_physical[row])))
+            self._counts[layer].copy_(torch.from_numpy(np.array(count[row])))
+
+    @property
+    def repeats_entries(self) -> bool:
+        """Whether some expert's tokens are shared unevenly by its replicas."""
+        table = self._tables.numpy()
+        return any(len(set(np.bincount(row[row >= 0])) - {0}) > 1 for layer in table for row in layer)
 
     def forward(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """Serve one batch: (tokens that the wrong expert served, load [layers, physical] that this rank

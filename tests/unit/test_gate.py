@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from eplb_platform.migration.schedule import Chunk
+from eplb_platform.runtime.commit import Commit
 from eplb_platform.runtime.gate import CommitGate, ForwardStopped
 
 A_LONG_TIME_S = 60.0
@@ -12,9 +12,9 @@ A_SHORT_TIME_S = 0.05
 
 
 @pytest.fixture
-def chunk() -> Chunk:
-    """The gate only carries the chunk."""
-    return object.__new__(Chunk)
+def commit() -> Commit:
+    """The gate only carries the commit."""
+    return object.__new__(Commit)
 
 
 def test_boundaries_pass_freely_without_a_promise() -> None:
@@ -31,30 +31,30 @@ def test_an_offer_lies_ahead_by_the_margin_and_not_before_the_given_boundary() -
     assert gate.promise(margin=0, not_before=0) == 2, "the boundary already passed can never be offered"
 
 
-def test_the_chunk_is_committed_at_exactly_the_agreed_boundary(chunk: Chunk) -> None:
+def test_the_commit_is_committed_at_exactly_the_agreed_boundary(commit: Commit) -> None:
     gate = CommitGate()
     gate.promise(margin=2, not_before=0)
-    gate.commit_at(4, chunk)
+    gate.commit_at(4, commit)
     assert [gate.pass_boundary(A_SHORT_TIME_S) for _ in range(3)] == [None] * 3
-    assert gate.pass_boundary(A_SHORT_TIME_S) is chunk
+    assert gate.pass_boundary(A_SHORT_TIME_S) is commit
     assert not gate.is_committed
     gate.committed()
     assert gate.is_committed
     assert gate.pass_boundary(A_SHORT_TIME_S) is None
 
 
-def test_the_forward_thread_waits_only_at_its_promise_and_goes_on_with_the_answer(chunk: Chunk) -> None:
+def test_the_forward_thread_waits_only_at_its_promise_and_goes_on_with_the_answer(commit: Commit) -> None:
     gate = CommitGate()
     gate.promise(margin=2, not_before=0)
     assert not gate.would_wait
     assert gate.pass_boundary(A_SHORT_TIME_S) is None
     assert gate.would_wait
-    seen: list[Chunk | None] = []
+    seen: list[Commit | None] = []
     forward = threading.Thread(target=lambda: seen.append(gate.pass_boundary(A_LONG_TIME_S)))
     forward.start()
-    gate.commit_at(2, chunk)
+    gate.commit_at(2, commit)
     forward.join(A_LONG_TIME_S)
-    assert seen == [chunk]
+    assert seen == [commit]
 
 
 def test_a_released_promise_holds_nobody() -> None:
@@ -79,9 +79,9 @@ def test_a_lost_store_stops_the_forward_thread_with_its_reason() -> None:
         gate.pass_boundary(A_LONG_TIME_S)
 
 
-def test_an_agreed_commit_is_never_passed_over(chunk: Chunk) -> None:
+def test_an_agreed_commit_is_never_passed_over(commit: Commit) -> None:
     gate = CommitGate()
-    gate.commit_at(1, chunk)
+    gate.commit_at(1, commit)
     gate.pass_boundary(A_SHORT_TIME_S)
     with pytest.raises(ForwardStopped, match="past the agreed commit at 1"):
         gate.pass_boundary(A_SHORT_TIME_S)
@@ -97,9 +97,9 @@ def test_after_a_lost_store_no_new_promise_covers_up_the_old_one() -> None:
         gate.pass_boundary(A_SHORT_TIME_S)
 
 
-def test_a_closed_gate_says_that_an_agreed_commit_will_not_come(chunk: Chunk) -> None:
+def test_a_closed_gate_says_that_an_agreed_commit_will_not_come(commit: Commit) -> None:
     gate = CommitGate()
-    gate.commit_at(5, chunk)
+    gate.commit_at(5, commit)
     gate.close()
     assert gate.is_closed
     assert not gate.is_committed
