@@ -71,7 +71,7 @@ class EngineBalancing:
             group.rank,
             num_expert_groups=model.num_expert_groups,
             name=name,
-            model_name=model.name,
+            model_name=model.model_name,
             deploy=self._map_to_deploy(model) if is_main else None,
             recorder=self._stage_recorder() if is_main else None,
         )
@@ -81,7 +81,7 @@ class EngineBalancing:
         if group.rank == 0:
             logger.info(
                 "%s: %d MoE layers, %d experts in %d places on %d ranks: %s, algorithm %s",
-                model.name, model.expert_map.num_layers, model.expert_map.num_logical_experts,
+                model.model_name, model.expert_map.num_layers, model.expert_map.num_logical_experts,
                 model.expert_map.num_physical_experts, group.topology.num_ranks,
                 config.mode, config.algorithm,
             )  # fmt: skip
@@ -200,7 +200,9 @@ class EngineBalancing:
 
     def snapshot(self) -> Mapping[str, object]:
         """This rank's state as plain data for JSON; the top level speaks of the main model."""
-        models = {self._models[name].name: balancer.snapshot() for name, balancer in self._balancers.items()}
+        models = {
+            self._models[name].model_name: balancer.snapshot() for name, balancer in self._balancers.items()
+        }
         main = self._balancers[self._main].snapshot() if self._main else {}
         return {
             **self._place(),
@@ -213,7 +215,9 @@ class EngineBalancing:
 
     def status(self) -> Mapping[str, object]:
         """`snapshot` without the maps: cheap enough for every second."""
-        models = {self._models[name].name: balancer.status() for name, balancer in self._balancers.items()}
+        models = {
+            self._models[name].model_name: balancer.status() for name, balancer in self._balancers.items()
+        }
         return {**self._place(), "models": models}
 
     def _place(self) -> Mapping[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,19 @@ if TYPE_CHECKING:
     from vllm.distributed.eplb.eplb_state import EplbModelState
 
 
+WEIGHTED_COLUMNS = 64
+"""Entries in which the replicas of an expert take unequal shares; vLLM's tables have room for 1,024."""
+
+
 class VllmModel:
-    """A `ServedModel` over the device tables that vLLM's routers read in place."""
+    """A `WeightedModel` over the device tables that vLLM's routers read in place."""
 
     def __init__(
         self, state: EplbModelState, topology: Topology, *, num_experts_per_token: int | None
     ) -> None:
         """state: vLLM's own, as its `add_model` leaves it: the weights lie in the initial layout."""
         self._state = state
-        self.name = state.model_name
+        self.model_name = state.model_name
         self.num_experts_per_token = num_experts_per_token
         self._expert_map = ExpertMap(
             state.physical_to_logical_map.cpu().numpy(), state.model.num_logical_experts, topology
@@ -36,6 +41,12 @@ class VllmModel:
     def num_expert_groups(self) -> int:
         """DeepSeek's groups for group-limited routing; 1 for models without."""
         return max(int(self._state.model.num_expert_groups or 1), 1)
+
+    @property
+    def first_moe_layer(self) -> int | None:
+        """The model's layer behind layer 0 of the expert map; dense layers may come first."""
+        found = re.search(r"\.(\d+)\.", getattr(self._state.model.moe_layers[0], "layer_name", ""))
+        return int(found[1]) if found else None
 
     @property
     def expert_weights(self) -> list[list[torch.Tensor]]:
@@ -56,14 +67,35 @@ class VllmModel:
         return self._initial_map
 
     def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
-        """Route the tokens of `layers` by `expert_map` from the next forward pass on.
+        """Route the tokens of `layers` by `expert_map` from the next forward pass on."""
+        count = expert_map.replica_count[list(layers)]
+        table = expert_map.logical_to_physical_padded(int(count.max(initial=1)))[list(layers)]
+        self.apply_tables(layers, expert_map, table, count)
 
-        The tables are far wider than any expert has replicas: only the columns in use are written.
+    @property
+    def routing_table_width(self) -> int:
+        """Entries of a routing table's row that may be used."""
+        redundant = self._expert_map.num_redundant_experts
+        most = int(self._state.logical_to_physical_map.shape[-1])
+        return min(max(WEIGHTED_COLUMNS, redundant + 1), most) if redundant else 1
+
+    def apply_tables(
+        self,
+        layers: Sequence[int],
+        expert_map: ExpertMap,
+        logical_to_physical: NDArray[np.int32],
+        count: NDArray[np.int32],
+    ) -> None:
+        """As `apply_map`, by tables in which entries may repeat: routers take entry (hash of row) % count.
+
+        logical_to_physical: [len(layers), logical, width]; count: [len(layers), logical]
+
+        vLLM's tables are far wider than any row: only the columns in use are written.
         """
         chosen = list(layers)
-        count = expert_map.replica_count[chosen]
-        width = max(self._columns_in_use, int(count.max(initial=1)))
-        table = expert_map.logical_to_physical_padded(width)[chosen]
+        width = max(self._columns_in_use, logical_to_physical.shape[-1])
+        missing = width - logical_to_physical.shape[-1]
+        table = np.pad(logical_to_physical, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
         self._write(self._state.physical_to_logical_map, chosen, expert_map.physical_to_logical[chosen])
         self._write(self._state.logical_to_physical_map[:, :, :width], chosen, table)
         self._write(self._state.logical_replica_count, chosen, count)
