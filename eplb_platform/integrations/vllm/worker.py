@@ -143,20 +143,35 @@ class WorkerHooks:
 
     def _reload_weights(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         balancing = self._loaded()
-        refuse_on_cpu("reload_weights")
-        if args or kwargs.get("weights_iterator") is not None:
-            balancing.refuse_unless_initial("reload_weights with some of the weights")
+        try:
+            refuse_on_cpu("reload_weights")
+            if args or kwargs.get("weights_iterator") is not None:
+                balancing.refuse_unless_initial("reload_weights with some of the weights")
+            else:
+                balancing.return_to_initial_layout("reload_weights")
+        except WeightUpdateRefused as refusal:
+            self._refuse(refusal)
         else:
-            balancing.return_to_initial_layout("reload_weights")
-        original(*args, **kwargs)
+            original(*args, **kwargs)
 
     def _start_weight_update(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         balancing = self._loaded()
-        refuse_on_cpu("a weight update")
-        balancing.pause()
-        balancing.drain()
-        balancing.refuse_unless_initial("a weight update")
-        original(*args, **kwargs)
+        try:
+            refuse_on_cpu("a weight update")
+            balancing.pause()
+            balancing.drain()
+            balancing.refuse_unless_initial("a weight update")
+        except WeightUpdateRefused as refusal:
+            self._refuse(refusal)
+        else:
+            original(*args, **kwargs)
+
+    def _refuse(self, refusal: WeightUpdateRefused) -> None:
+        """Let the engine's last worker speak for all, which refuse alike: vLLM reads the answers in order,
+        and leaves those after a failed one in their queues, to be taken for answers to the next call.
+        """
+        if self._worker.rank == self._vllm_config.parallel_config.world_size - 1:
+            raise refusal
 
     def _shutdown(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if self._publisher is not None:
