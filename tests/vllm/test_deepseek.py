@@ -11,9 +11,11 @@ from tests.vllm.snapshots import layouts, statuses
 
 
 def test_tokens_stay_while_experts_move(models: Models, folder: Path) -> None:
-    """One sequence at a time: latent attention on a CPU rounds by the batch."""
+    """One sequence at a time, and two ranks in both engines: latent attention on a CPU rounds by the batch
+    and by the number of heads on a rank, and random weights make other tokens of that.
+    """
     few = PROMPTS[:4]
-    with Engine(models.deepseek, folder / "unbalanced.log", max_num_seqs=1) as engine:
+    with Engine(models.deepseek, folder / "unbalanced.log", max_num_seqs=1, tensor_parallel_size=2) as engine:
         expected = engine.generate(few, TOKENS).tokens
     record = folder / "map.json"
     eplb = {
