@@ -72,7 +72,10 @@ class StreamOperations(ABC):
 
     @abstractmethod
     def record(self) -> object:
-        """Mark this point of the current stream. The mark stays valid until it is garbage collected."""
+        """Mark this point of the current stream. The mark stays valid until it is garbage collected.
+
+        Raises RuntimeError while the current stream is being captured into a graph.
+        """
 
     @abstractmethod
     def wait(self, mark: object) -> None:
@@ -84,7 +87,10 @@ class StreamOperations(ABC):
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy `source` into `target` on the current stream without synchronising the calling thread."""
+        """Copy `source` into `target` on the current stream without synchronising the calling thread.
+
+        Host memory comes from `Backend.allocate_on_host`. Both tensors may be given back at once.
+        """
 
 
 class DeviceTimer(Protocol):
@@ -177,11 +183,21 @@ class Backend(ABC):
         """Move weights between ranks; returns when every tensor is received and every sent one may change
         again.
 
-        Called inside `streams.transfer()`. Received tensors are only to be read by streams that waited for a
-        mark recorded afterwards. Raises `GroupError`; what was received is then undefined.
+        Called inside `streams.transfer()`. Received tensors are only to be read on that stream, or by streams
+        that waited for a mark recorded on it afterwards. Raises `GroupError`; what was received is then
+        undefined.
         """
 
     # --- weights ---
+
+    def allocate_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that `streams.copy` takes without synchronising the thread: pinned, on a device.
+
+        Called at start only, as it may stop the device.
+        """
+        import torch
+
+        return torch.empty(tuple(shape), dtype=dtype)
 
     @abstractmethod
     def allocate_staging(
@@ -206,8 +222,9 @@ class Backend(ABC):
 
     @abstractmethod
     def checksum(self, tensors: Sequence[torch.Tensor]) -> int:
-        """A 63-bit checksum of the bytes of one expert's tensors, the same on every rank for the same
-        bytes.
+        """A 63-bit checksum of the bytes of one expert's tensors, the same on every rank for the same bytes.
+
+        Reads them on the current stream and waits for it. Background thread.
         """
 
     # --- the forward path ---
@@ -258,11 +275,12 @@ def discover_backends() -> list[BackendReport]:
     return [_examine(name, offers)[0] for name, offers in _installed().items()]
 
 
-def load_backend(name: str = "auto", *, device_type: str | None = None) -> Backend:
+def load_backend(name: str = "auto", *, device_type: str | None = None, **options: object) -> Backend:
     """A new backend, not yet connected. Only the one that is named is imported.
 
-    `auto` takes the usable one for `device_type` (as in `torch.device.type`; cpu if not given). Raises
-    `BackendError` when there is none, or more than one, or the named one is not usable or for another device.
+    `auto` takes the usable one for `device_type` (as in `torch.device.type`; cpu if not given). `options` go
+    to the backend's constructor. Raises `BackendError` when there is none, or more than one, or the named one
+    is not usable, for another device, or does not take the options.
     """
     installed = _installed()
     if name == "auto":
@@ -276,7 +294,7 @@ def load_backend(name: str = "auto", *, device_type: str | None = None) -> Backe
     if device_type not in (None, report.device_type):
         raise BackendError(f"backend {name!r} is for {report.device_type}, not for {device_type}")
     try:
-        return backend()
+        return backend(**options)  # type: ignore[arg-type]  # the backend's own to check
     except Exception as error:
         raise BackendError(f"backend {name!r} cannot be used: {_one_line(error)}") from error
 

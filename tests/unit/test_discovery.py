@@ -11,6 +11,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 
 import eplb_platform
 from eplb_platform.backend import BackendError
@@ -64,6 +65,13 @@ def ask(site: Path, *loads: str) -> Answer:
     return Answer(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def ask_without(site: Path) -> Answer:
+    """What is installed anyway; which of it can be used depends on the machine."""
+    nothing = site / "nothing"
+    nothing.mkdir()
+    return ask(nothing)
+
+
 def test_the_cpu_backend_is_found_and_is_the_default() -> None:
     reports = {report.name: report for report in eplb_platform.discover_backends()}
     assert reports["cpu"].usable
@@ -84,6 +92,22 @@ def test_a_backend_for_another_device_is_refused() -> None:
         eplb_platform.load_backend("cpu", device_type="tpu")
     with pytest.raises(BackendError, match=r"no usable backend for 'tpu'.*cpu \(cpu\): ready"):
         eplb_platform.load_backend(device_type="tpu")
+
+
+def test_options_go_to_the_backend_and_are_its_own_to_refuse() -> None:
+    with pytest.raises(BackendError, match=r"'cpu' cannot be used: TypeError: .*'transport'"):
+        eplb_platform.load_backend("cpu", transport="host")
+
+
+def test_the_backends_of_accelerators_say_why_they_cannot_be_used_here() -> None:
+    reports = {report.name: report for report in eplb_platform.discover_backends()}
+    for name, is_there in (("cuda", torch.cuda.is_available()), ("xpu", torch.xpu.is_available())):
+        report = reports[name]
+        assert (report.device_type, report.collective, report.usable) == (name, "gloo", is_there)
+        assert report.versions["torch"] == torch.__version__
+        if not is_there:
+            with pytest.raises(BackendError, match=f"backend '{name}' cannot be used: torch "):
+                eplb_platform.load_backend(name)
 
 
 def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path: Path) -> None:
@@ -112,7 +136,12 @@ def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path
 
     reports = ask(tmp_path).reports
 
-    reasons = {name: str(report["reason"]) for name, report in reports.items() if not report["usable"]}
+    own = {name for name, report in ask_without(tmp_path).reports.items() if not report["usable"]}
+    reasons = {
+        name: str(report["reason"])
+        for name, report in reports.items()
+        if not report["usable"] and name not in own
+    }
     expected = {
         "library": "No module named 'no_such_library'",
         "raises": "OSError: driver not loaded",

@@ -60,6 +60,11 @@ class GlooGroup:
         self._exchanges_to: Counter[int] = Counter()
         self._exchanges_from: Counter[int] = Counter()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the group has ended on this rank."""
+        return self._closed.is_set()
+
     def join(self, timeout_s: float) -> None:
         """Meet the other ranks and connect to each of them."""
         deadline = time.monotonic() + timeout_s

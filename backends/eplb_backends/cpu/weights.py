@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 import numpy as np
@@ -68,10 +68,19 @@ def swap_in(
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> int:
-    """As `Backend.checksum`: CRC-32 and Adler-32, which run at 2 GB/s and without the interpreter lock."""
+    """As `Backend.checksum`."""
+    return checksum_of(
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors
+    )
+
+
+def checksum_of(pieces: Iterable[NDArray[np.uint8]]) -> int:
+    """CRC-32 and Adler-32 of all bytes, which run at 2 GB/s and without the interpreter lock.
+
+    Each piece is read before the next one is asked for.
+    """
     crc, adler = 0, 1
-    for tensor in tensors:
-        octets: NDArray[np.uint8] = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for octets in pieces:
         crc, adler = zlib.crc32(octets.data, crc), zlib.adler32(octets.data, adler)
     return crc << 31 | adler >> 1
 

@@ -1,0 +1,157 @@
+"""What accelerators share, as far as host memory can show it: the rule of replicas, and what is refused."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eplb_backends.accelerator import routing
+from eplb_backends.accelerator.streams import CaptureError, EventTimer, TorchStreams, wait_on_host
+from eplb_backends.cpu.mapping import map_and_record as map_on_cpu
+from eplb_backends.cuda import CudaBackend
+from tests.fake_device import FakeModule
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(0, 40),
+    replicas=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    offset=st.integers(0, 2**20),
+    table_type=st.sampled_from([torch.int32, torch.int64]),
+    id_type=st.sampled_from([torch.int32, torch.int64]),
+    load_type=st.sampled_from([torch.int32, torch.int64, None]),
+)
+def test_tokens_go_where_the_cpu_backend_sends_them(
+    seed: int,
+    tokens: int,
+    replicas: list[int],
+    offset: int,
+    table_type: torch.dtype,
+    id_type: torch.dtype,
+    load_type: torch.dtype | None,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    num_physical = sum(replicas)
+    physical = torch.randperm(num_physical, generator=generator)
+    table = torch.full((len(replicas), 7), -1, dtype=table_type)
+    for expert, places in enumerate(physical.split(replicas)):
+        table[expert, : len(places)] = places.to(table_type)
+    counts = torch.tensor(replicas, dtype=table_type)
+    ids = torch.randint(-1, len(replicas), (tokens, 3), generator=generator).to(id_type)
+    loads = [None if load_type is None else torch.full((num_physical,), 7, dtype=load_type) for _ in range(2)]
+
+    expected = map_on_cpu(ids, table, counts, loads[0], offset)
+    actual = routing.map_and_record(ids, table, counts, loads[1], offset)
+
+    assert actual.dtype == torch.int64
+    assert torch.equal(actual, expected)
+    if loads[0] is not None and loads[1] is not None:
+        assert torch.equal(*loads)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("wrong", [-2, 2])
+def test_an_id_that_is_no_expert_is_an_error_of_the_device(wrong: int) -> None:
+    table, counts = torch.tensor([[0], [1]]), torch.ones(2, dtype=torch.int64)
+    with pytest.raises((RuntimeError, IndexError)):
+        routing.map_and_record(torch.tensor([[0], [wrong]]), table, counts, None)
+
+
+def test_a_load_that_counts_too_few_experts_is_an_error_of_the_device() -> None:
+    table, counts = torch.tensor([[0], [1]]), torch.ones(2, dtype=torch.int64)
+    with pytest.raises((RuntimeError, IndexError)):
+        routing.map_and_record(torch.tensor([[1]]), table, counts, torch.zeros(1, dtype=torch.int64))
+
+
+def test_shapes_and_types_are_checked() -> None:
+    table, counts = torch.tensor([[0], [1]]), torch.ones(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="logical_ids"):
+        routing.map_and_record(torch.tensor([0]), table, counts, None)
+    with pytest.raises(ValueError, match="float32"):
+        routing.map_and_record(torch.tensor([[0]]), table, counts, torch.zeros(2))
+
+
+@pytest.mark.parametrize("transport", ["nixl", "collective"])
+def test_a_way_for_weights_that_is_not_there_yet_is_refused_by_name(transport: str) -> None:
+    with pytest.raises(ValueError, match=f"cuda: transport '{transport}' .* is not in this release"):
+        CudaBackend(transport=transport)
+
+
+def test_an_unknown_way_for_weights_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match="no transport 'tcp'; there are host, nixl, collective"):
+        CudaBackend(transport="tcp")
+
+
+# --- torch's streams, over a module that notes what is asked of it ---
+
+
+def test_a_mark_is_recorded_on_the_stream_that_is_current() -> None:
+    module = FakeModule()
+    streams = TorchStreams(module)
+    forward = streams.record()
+    with streams.transfer():
+        transfer = streams.record()
+        streams.wait(forward)
+    streams.wait(transfer)
+    assert module.log == [
+        "record 0 on current",
+        "record 1 on made on device 3",
+        "made on device 3 waits for 0",
+        "current waits for 1",
+    ]
+    assert module.devices == [3, 0]  # entered and left again: threads start on device 0
+
+
+def test_an_event_that_was_never_recorded_is_no_mark() -> None:
+    module = FakeModule()
+    streams = TorchStreams(module)
+    event = module.Event()
+    assert event.query()  # as torch's: nothing is pending
+    for use in (streams.passed, streams.wait):
+        with pytest.raises(TypeError, match="expected a mark that record"):
+            use(event)
+
+
+def test_a_mark_has_passed_once_the_device_says_so() -> None:
+    module = FakeModule()
+    streams = TorchStreams(module)
+    mark = streams.record()
+    assert not streams.passed(mark)
+    assert not wait_on_host(streams, mark, time.monotonic() + 0.01)
+    module.finish()
+    assert wait_on_host(streams, mark, time.monotonic())
+
+
+def test_nothing_is_recorded_while_a_graph_is_captured() -> None:
+    module = FakeModule()
+    streams, timer = TorchStreams(module), EventTimer(module)
+    module.is_capturing = True
+    for use in (streams.record, timer.start, timer.stop):
+        with pytest.raises(CaptureError, match="being captured"):
+            use()
+    assert module.log == []
+
+
+def test_host_memory_that_is_not_pinned_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("pinned memory is there")
+    with pytest.raises(ValueError, match="12 bytes of host memory are not pinned"):
+        TorchStreams(FakeModule()).copy(torch.zeros(3), torch.zeros(3))
+
+
+def test_a_timer_knows_nothing_before_both_events_have_passed() -> None:
+    module = FakeModule()
+    timer = EventTimer(module)
+    assert timer.elapsed_ms() is None
+    timer.start()
+    module.finish()
+    assert timer.elapsed_ms() is None
+    timer.stop()
+    assert timer.elapsed_ms() is None
+    module.finish()
+    assert timer.elapsed_ms() == 2.5
+    timer.start()
+    assert timer.elapsed_ms() is None
