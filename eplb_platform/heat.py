@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.topology import Topology
 
 MIN_SKEW_STEPS = 256
 """How many steps a rank may be ahead of another and still have the windows that the other speaks of."""
@@ -174,9 +175,17 @@ class HeatWindows:
         """Move the physical counts of `layers` into the window being filled."""
         if self._map is None or layers.size == 0:
             return
-        experts = self._map.physical_to_logical[layers]
-        row, slot = np.nonzero(experts >= 0)
-        cell = layers[row] * self._map.num_logical_experts + experts[row, slot]
-        # Exact for counts of any size; numpy's bincount with weights would go through floats.
-        np.add.at(self._filling.reshape(-1), cell, self._physical[layers][row, slot])
+        from eplb_platform.heat_kernels import fold_load  # late: many processes need only the names here
+
+        fold_load(self._physical, self._map.physical_to_logical, layers, self._filling)
         self._physical[layers] = 0
+
+
+def warm_up() -> None:
+    """Compile what windows and step loads need, so that no forward pass waits for it."""
+    from eplb_platform.heat_kernels import fold_load
+
+    layers, load = np.zeros(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int64)
+    experts = ExpertMap.initial(1, 1, Topology(1)).physical_to_logical
+    for counts in (np.zeros((1, 1), dtype=np.int32), np.zeros((1, 1), dtype=np.int64)):
+        fold_load(counts, experts, layers, load)

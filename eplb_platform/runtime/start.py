@@ -13,6 +13,7 @@ from eplb_platform.config import EplbConfig
 from eplb_platform.dispatch import warm_up as warm_up_dispatch
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import MIN_SKEW_STEPS, HeatWindows, LoadCollection
+from eplb_platform.heat import warm_up as warm_up_heat
 from eplb_platform.migration.schedule import warm_up as warm_up_schedule
 from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
@@ -28,7 +29,6 @@ from eplb_platform.runtime.production import BackendGroup, BackgroundThread, Thr
 from eplb_platform.runtime.recording import MapRecorder, TraceRecorder
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.step_loads import StepLoads
-from eplb_platform.runtime.step_loads import warm_up as warm_up_step_loads
 from eplb_platform.runtime.store_plane import StoreControlPlane
 from eplb_platform.runtime.weighting import RoutingTables
 
@@ -220,7 +220,6 @@ def _even_tables(config: EplbConfig, model: ServedModel, expert_map: ExpertMap) 
 def _step_loads(config: EplbConfig, model: ServedModel) -> StepLoads | None:
     if config.trace_record_path is None:
         return None
-    warm_up_step_loads()
     return StepLoads(
         model.expert_map.num_layers,
         model.expert_map.num_logical_experts,
@@ -249,6 +248,7 @@ def _trace_recorder(
 
 
 def _heat_windows(config: EplbConfig, model: ServedModel) -> HeatWindows:
+    warm_up_heat()
     return HeatWindows(
         model.expert_map.num_layers,
         model.expert_map.num_logical_experts,

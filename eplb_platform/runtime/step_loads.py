@@ -101,16 +101,17 @@ class StepLoads:
         The last columns say in which phase this rank was: 1 for that one, nothing for a dummy pass. A pass
         that this rank has lost meanwhile counts as one.
         """
-        from eplb_platform.runtime.step_load_kernels import fold_load
+        from eplb_platform.heat_kernels import fold_load
 
         with self._lock:
             missing = max(0, self._first - first)
             passes = self._passes[max(0, first - self._first) : max(0, end - self._first)]
         load = np.zeros((end - first, *self.shape), dtype=np.int64)
+        layers = np.arange(self.shape[0])
         phase = np.zeros((end - first, len(Phase)), dtype=np.int64)
         for row, one in enumerate(passes, start=missing):
             if one.load is not None:
-                fold_load(one.load, one.expert_map.physical_to_logical, load[row])
+                fold_load(one.load, one.expert_map.physical_to_logical, layers, load[row])
             if one.phase is not None:
                 phase[row, one.phase] = 1
         return np.concatenate([load.reshape(end - first, -1), phase], axis=1)
@@ -136,12 +137,3 @@ class StepLoads:
     def _forget(self, count: int) -> None:
         del self._passes[:count]
         self._first += count
-
-
-def warm_up() -> None:
-    """Compile what a block needs."""
-    from eplb_platform.topology import Topology
-
-    loads = StepLoads(1, 1, steps=None, capacity=1)
-    loads.record(np.ones((1, 1), dtype=np.int64), ExpertMap.initial(1, 1, Topology(1)))
-    loads.block(0, 1)
