@@ -68,9 +68,9 @@ class VllmModel:
 
     def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
         """Route the tokens of `layers` by `expert_map` from the next forward pass on."""
-        count = expert_map.replica_count[list(layers)]
-        table = expert_map.logical_to_physical_padded(int(count.max(initial=1)))[list(layers)]
-        self.apply_tables(layers, expert_map, table, count)
+        chosen = list(layers)
+        table = expert_map.logical_to_physical[chosen]
+        self.apply_tables(chosen, expert_map, table, expert_map.replica_count[chosen])
 
     @property
     def routing_table_width(self) -> int:
