@@ -57,7 +57,9 @@ wheel: $(PROJECT)
 processes: $(PROJECT)
 	$(BIN)/python -m pytest -q tests/processes
 
-# vLLM pins other versions of what we use, hence an environment of its own. Says why where it cannot be had.
+# vLLM pins other versions of what we use, hence an environment of its own, with its own compiled kernels.
+# Says why where it cannot be had.
+vllm-tests serve: export NUMBA_CACHE_DIR := $(CURDIR)/$(VLLM)/numba-cache
 vllm: $(BIN)/python
 	$(BIN)/python ci/vllm_environment.py --environment $(VLLM)
 
