@@ -45,10 +45,8 @@ class _Half:
 
     outgoing: Mapping[int, torch.Tensor]
     incoming: Mapping[int, torch.Tensor]
-    filled: object | None = None
-    """After the device's copies into `outgoing`."""
-    drained: object | None = None
-    """After the device's copies out of `incoming`."""
+    filled: object = None
+    """After the device's copies into `outgoing`, and with them after those out of `incoming` before."""
 
 
 @dataclass
@@ -86,6 +84,8 @@ class HostTransfer:
             raise ValueError(f"{pinned_bytes} bytes of pinned memory are too few for {num_ranks} ranks")
         self._halves = [_Half(self._pinned(allocate), self._pinned(allocate)) for _ in range(2)]
         self._lock = Lock()
+        self._written: object | None = None
+        """After the device's last copies into tensors that were given to receive into."""
 
     def exchange(
         self, group: HostGroup, sends: Sequence[Message], receives: Sequence[Message], timeout_s: float
@@ -111,9 +111,9 @@ class HostTransfer:
     def stop(self) -> None:
         """No tensor given to `exchange` is written once this has returned. Its group is closed already."""
         with self._lock:
-            marks = [half.drained for half in self._halves if half.drained is not None]
-        for mark in marks:
-            wait_on_host(self._streams, mark, time.monotonic() + _QUIET_S)
+            written = self._written
+        if written is not None:
+            wait_on_host(self._streams, written, time.monotonic() + _QUIET_S)
 
     # --- rounds ---
 
@@ -135,14 +135,13 @@ class HostTransfer:
             half = self._halves[number % 2]
             if number + 1 < num_rounds:  # gloo has sent what the other half held: its exchange has returned
                 self._fill(self._halves[(number + 1) % 2], departing[number + 1])
-            self._await_filled(half, deadline)
-            self._await_drained(half, deadline)
+            self._await(half, deadline)
             group.exchange(
                 _messages(half.outgoing, departing[number]),
                 _messages(half.incoming, arriving[number]),
                 _left(deadline),
             )
-            self._drain(group, half, arriving[number])
+            self._write(group, half, arriving[number])
 
     def _fill(self, half: _Half, pieces_of: Mapping[int, Pieces]) -> None:
         for peer, pieces in pieces_of.items():
@@ -150,7 +149,7 @@ class HostTransfer:
                 self._streams.copy(place, piece)
         half.filled = self._streams.record()
 
-    def _drain(self, group: HostGroup, half: _Half, pieces_of: Mapping[int, Pieces]) -> None:
+    def _write(self, group: HostGroup, half: _Half, pieces_of: Mapping[int, Pieces]) -> None:
         with self._lock:
             self._check_open(group)
             try:
@@ -158,7 +157,7 @@ class HostTransfer:
                     for piece, place in _placed(pieces, half.incoming[peer]):
                         self._streams.copy(piece, place)
             finally:
-                half.drained = self._streams.record()
+                self._written = self._streams.record()
 
     def _land(self, group: HostGroup, received: Sequence[_Received]) -> None:
         """Bring what could not be received in place to where it belongs."""
@@ -168,19 +167,12 @@ class HostTransfer:
                 for item in received:
                     self._layout.fill(self._streams, item.tensor, item.octets)
             finally:
-                self._halves[0].drained = self._streams.record()
+                self._written = self._streams.record()
 
-    def _await_filled(self, half: _Half, deadline: float) -> None:
-        """Gloo reads the pinned memory next."""
-        self._await(half.filled, deadline, "to host memory")
-
-    def _await_drained(self, half: _Half, deadline: float) -> None:
-        """Gloo writes the pinned memory next."""
-        self._await(half.drained, deadline, "from host memory")
-
-    def _await(self, mark: object | None, deadline: float, which: str) -> None:
-        if mark is not None and not wait_on_host(self._streams, mark, deadline):
-            raise GroupError(f"rank {self._rank}: exchange: the device has not finished copying {which}")
+    def _await(self, half: _Half, deadline: float) -> None:
+        """Gloo sends from the half, and receives into it, next: the device must be done with both."""
+        if not wait_on_host(self._streams, half.filled, deadline):
+            raise GroupError(f"rank {self._rank}: exchange: the device did not copy to host memory in time")
 
     def _quiet(self) -> None:
         """The caller may free its tensors, or overwrite them: let the device finish what was enqueued."""
