@@ -31,21 +31,26 @@ class CheckResult:
 
 
 def run_contract(backend: str | type[Backend], num_ranks: int, *, device: str = "cpu") -> list[CheckResult]:
-    """Run every clause on `num_ranks` processes (at least 2).
+    """Run every clause on `num_ranks` processes; one rank alone leaves out those about several.
 
     backend: the name of an installed backend, or a class that the processes can import.
     device: as in `torch.device`; for an accelerator rank r gets the device number r modulo their number.
     """
     with RankPool(num_ranks, timeout_s=150.0) as pool:
-        return [run_check(pool, backend, name, device=device) for name in CHECKS]
+        return [run_check(pool, backend, name, device=device) for name in clauses(num_ranks)]
+
+
+def clauses(num_ranks: int) -> list[str]:
+    """The names of the clauses that so many ranks can run."""
+    return [name for name, check in CHECKS.items() if check.min_ranks <= num_ranks]
 
 
 def run_check(pool: RankPool, backend: str | type[Backend], name: str, *, device: str = "cpu") -> CheckResult:
     """Run the clause `name` on all ranks of `pool`."""
     if name not in CHECKS:
         raise ValueError(f"no clause {name!r} in the contract; there are {', '.join(CHECKS)}")
-    if pool.num_ranks < 2:
-        raise ValueError(f"the contract is between ranks: it needs at least 2, got {pool.num_ranks}")
+    if pool.num_ranks < CHECKS[name].min_ranks:
+        raise ValueError(f"clause {name!r} needs {CHECKS[name].min_ranks} ranks, got {pool.num_ranks}")
     outcomes = pool.outcomes(_run_on_rank, backend, name, device)
     failures = [f"rank {outcome.rank}: {outcome.error}" for outcome in outcomes if outcome.error is not None]
     return CheckResult(name, not failures, "\n".join(failures))

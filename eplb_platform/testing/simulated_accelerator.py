@@ -65,9 +65,14 @@ class SimulatedDevice:
 
     Any thread may enqueue and look; operations run inside these calls. With one thread, the same seed and the
     same calls give the same order.
+
+    eagerness: how likely one more operation runs when another is enqueued, in [0, 1); the seed's choice if
+        not given. At 0 the device does nothing until somebody looks at a mark.
     """
 
-    def __init__(self, seed: int, streams: Sequence[str] = (FORWARD, TRANSFER)) -> None:
+    def __init__(
+        self, seed: int, streams: Sequence[str] = (FORWARD, TRANSFER), *, eagerness: float | None = None
+    ) -> None:
         self.executed = 0
         """Operations that have run, marks and waits not counted."""
         self._random = random.Random(seed)
@@ -75,7 +80,8 @@ class SimulatedDevice:
         # A fair choice seldom lets one stream fall far behind, which is when mistakes show: seeds differ in
         # how much they prefer a stream, and in how lazy the device is as long as nobody asks for a result.
         self._weights = {stream: self._random.choice((1, 1, 30)) for stream in streams}
-        self._eagerness = self._random.choice((0.0, 0.3, 0.8))
+        by_seed = self._random.choice((0.0, 0.3, 0.8))
+        self._eagerness = by_seed if eagerness is None else eagerness
         self._lock = threading.RLock()
 
     def enqueue(self, stream: str, operation: _Operation) -> None:

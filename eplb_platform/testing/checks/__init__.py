@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,15 @@ class Site:
             self.backend.exchange(sends, receives)
             received = streams.record()
         streams.wait(received)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the device has done what the current stream holds, so that the host may look at it."""
+        mark = self.backend.streams.record()
+        deadline = time.monotonic() + self.timeout_s
+        while not self.backend.streams.passed(mark):
+            require(time.monotonic() < deadline, f"a mark has not passed after {self.timeout_s} s")
+            time.sleep(0.0005)
 
     def meet(self, place: str) -> None:
         """Wait on the store until every rank is here."""
@@ -54,18 +64,20 @@ class Check:
     function: Callable[[Site], None]
     connected: bool
     timeout_s: float
+    min_ranks: int
+    """2 for a clause about messages between ranks."""
 
 
 CHECKS: dict[str, Check] = {}
 
 
 def check(
-    *, connected: bool, timeout_s: float = 30.0
+    *, connected: bool, timeout_s: float = 30.0, min_ranks: int = 1
 ) -> Callable[[Callable[[Site], None]], Callable[[Site], None]]:
     """Enter a function into `CHECKS` under its own name."""
 
     def enter(function: Callable[[Site], None]) -> Callable[[Site], None]:
-        CHECKS[function.__name__] = Check(function.__name__, function, connected, timeout_s)
+        CHECKS[function.__name__] = Check(function.__name__, function, connected, timeout_s, min_ranks)
         return function
 
     return enter

@@ -43,7 +43,7 @@ def broadcasts_on_host(site: Site) -> None:
         require(bool((values == kept).all()), "broadcast_on_host changed its argument")
 
 
-@check(connected=True)
+@check(connected=True, min_ranks=2)
 def exchanges_between_all_pairs_in_order(site: Site) -> None:
     """Each pair's messages arrive in the order in which both list them, whatever their number and size."""
     for round_ in range(3):
@@ -58,7 +58,7 @@ def exchanges_between_all_pairs_in_order(site: Site) -> None:
             require_equal(message.tensor, parcel, f"round {round_}, from rank {message.peer}")
 
 
-@check(connected=True)
+@check(connected=True, min_ranks=2)
 def exchanges_every_type_of_weight(site: Site) -> None:
     """The bytes of any type arrive as they are."""
     types = (
@@ -76,7 +76,7 @@ def exchanges_every_type_of_weight(site: Site) -> None:
         require_equal(message.tensor, tensor, f"a tensor of {tensor.dtype}")
 
 
-@check(connected=True)
+@check(connected=True, min_ranks=2)
 def exchanges_scattered_tensors(site: Site) -> None:
     """Tensors whose elements do not lie together are sent and filled, and nothing beside them is."""
     after, before = (site.rank + 1) % site.num_ranks, (site.rank - 1) % site.num_ranks
@@ -89,7 +89,7 @@ def exchanges_scattered_tensors(site: Site) -> None:
     require_equal(target, expected, "a transposed, strided tensor")
 
 
-@check(connected=True)
+@check(connected=True, min_ranks=2)
 def exchanges_little_or_nothing(site: Site) -> None:
     """A rank may have nothing to send, nothing to receive, or neither, and a tensor may be empty."""
     site.exchange([], [])
@@ -105,7 +105,7 @@ def exchanges_little_or_nothing(site: Site) -> None:
     )
 
 
-@check(connected=True)
+@check(connected=True, min_ranks=2)
 def sent_tensors_may_change_after_exchange(site: Site) -> None:
     """What a sender writes after `exchange` has returned does not reach the receiver."""
     after, before = (site.rank + 1) % site.num_ranks, (site.rank - 1) % site.num_ranks
@@ -118,7 +118,7 @@ def sent_tensors_may_change_after_exchange(site: Site) -> None:
         require_equal(received, torch.full_like(received, 10 * before + round_), f"round {round_}")
 
 
-@check(connected=True, timeout_s=60.0)
+@check(connected=True, timeout_s=60.0, min_ranks=2)
 def abort_ends_a_pending_exchange_everywhere(site: Site) -> None:
     """`abort` on one rank ends exchanges with it at once, on the rank itself too, with `GroupError`."""
     sends, receives = _big_messages(site)
@@ -127,7 +127,7 @@ def abort_ends_a_pending_exchange_everywhere(site: Site) -> None:
     _require_prompt_group_error(site, lambda: _repeat(lambda: site.exchange(sends, receives)))
 
 
-@check(connected=True, timeout_s=60.0)
+@check(connected=True, timeout_s=60.0, min_ranks=2)
 def abort_ends_a_pending_sum_everywhere(site: Site) -> None:
     """`abort` on a rank that does not take part ends the others' sum at once."""
     if site.rank == 0:
@@ -159,7 +159,7 @@ def nothing_is_received_after_abort(site: Site) -> None:
         )
 
 
-@check(connected=True, timeout_s=4.0)
+@check(connected=True, timeout_s=4.0, min_ranks=2)
 def a_missing_rank_ends_the_others_by_time_out(site: Site) -> None:
     """When one rank does not take part the others get `GroupError`, in an exchange and in `rebuild`."""
     if site.rank != 0:
@@ -188,7 +188,7 @@ def an_aborted_group_works_again_after_rebuild(site: Site) -> None:
         _require_right_sum(site)
 
 
-@check(connected=True, timeout_s=60.0)
+@check(connected=True, timeout_s=60.0, min_ranks=2)
 def the_death_of_a_rank_ends_the_others(site: Site) -> None:
     """When a rank gives back its group, as by ending, exchanges with it end with `GroupError` at once."""
     if site.rank == 0:
