@@ -137,19 +137,23 @@ class Balancer:
         *,
         phase: Phase = Phase.MIXED,
         is_dummy: bool = False,
+        counted_by: ExpertMap | None = None,
     ) -> None:
         """A forward pass has ended: record its load, commit what was agreed for now, start a cycle when one
         is due.
 
         physical_load: [layers, physical], tokens that this rank sent to each slot in the pass; None for none.
+        counted_by: the map that they were sent by, where a device's counts come some passes late; by default
+            the map in force.
         Raises `ForwardStopped` when this rank cannot learn whether to commit: it must then not serve on.
         """
         started = self._step_started = self._link.clock.now()
         self.stats.steps += 1
         self.stats.dummy_steps += is_dummy
-        self._heat.record(physical_load, self._expert_map, phase, is_dummy)
+        sent_by = self._expert_map if counted_by is None else counted_by
+        self._heat.record(physical_load, sent_by, phase, is_dummy)
         if self._step_loads is not None:
-            self._step_loads.record(physical_load, self._expert_map, phase=phase, is_dummy=is_dummy)
+            self._step_loads.record(physical_load, sent_by, phase=phase, is_dummy=is_dummy)
         commit = self._pass_boundary()
         if commit is not None:
             self._execute(commit)

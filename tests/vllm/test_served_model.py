@@ -98,13 +98,6 @@ def test_repeated_entries_take_their_share_and_go_away_again(state: Any) -> None
     assert (state.logical_to_physical_map[:, :, plain.shape[-1] :] == -1).all()
 
 
-def test_load_is_taken_once(state: Any) -> None:
-    model = served(state)
-    state.expert_load_pass[1, 3] = 7
-    assert model.take_load()[1, 3] == 7
-    assert model.take_load().sum() == 0
-
-
 def test_whatever_the_layer_calls_an_experts_moves_together(state: Any) -> None:
     weights = served(state).expert_weights
     assert [[tuple(parameter.shape) for parameter in layer] for layer in weights] == [

@@ -11,6 +11,7 @@ from eplb_platform.backend import load_backend
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.integrations.vllm import deployed_map
+from eplb_platform.integrations.vllm.load_counts import Circumstances, LoadCounts
 from eplb_platform.integrations.vllm.served_model import VllmModel
 from eplb_platform.integrations.vllm.stage_recording import StageMapRecorder
 from eplb_platform.runtime.start import start_balancer
@@ -45,6 +46,7 @@ class EngineBalancing:
         self._vllm_config = vllm_config
         self._group = group
         self._models: dict[str, VllmModel] = {}
+        self._counts: dict[str, LoadCounts] = {}
         self._balancers: dict[str, Balancer] = {}
         self._main = ""
 
@@ -56,17 +58,17 @@ class EngineBalancing:
         Moves the experts to the static map's places first, if there is one. Raises ValueError for a map that
         does not fit the model.
         """
-        group = self._group
+        group, config = self._group, self.config if is_main else _of_draft(self.config)
         model = VllmModel(state, group.topology, num_experts_per_token=self._experts_per_token())
+        backend = load_backend(config.backend, device_type=state.expert_load_pass.device.type)
         name = f"model-{len(self._models)}"
-        config = self.config if is_main else _of_draft(self.config)
         if is_main:
             group.publish_layers(model.expert_map.num_layers)
         group.wait_for_all(name)  # ranks load weights at their own pace, a collective would time out
         self._balancers[name] = start_balancer(
             config,
             model,
-            load_backend(config.backend, device_type=state.expert_load_pass.device.type),
+            backend,
             group.store,
             group.rank,
             num_expert_groups=model.num_expert_groups,
@@ -76,6 +78,7 @@ class EngineBalancing:
             recorder=self._stage_recorder() if is_main else None,
         )
         self._models[name] = model
+        self._counts[name] = LoadCounts(state.expert_load_pass, backend)
         if is_main:
             self._main = name
         if group.rank == 0:
@@ -138,17 +141,22 @@ class EngineBalancing:
         """A forward pass has ended on this rank."""
         self.steps += 1
         for name, balancer in self._balancers.items():
-            model = self._models[name]
-            counts = not is_dummy and self._group.counts_tokens
-            load = model.take_load() if counts else None
-            if load is None:
-                model.forget_load()
-            balancer.step(load, phase=self.phase, is_dummy=is_dummy)
+            expert_map = balancer.expert_map
+            passed = Circumstances(expert_map, self.phase, is_dummy or not self._group.counts_tokens)
+            arrived = self._counts[name].end_of_pass(passed)
+            if arrived is None:
+                balancer.step(None, phase=self.phase, is_dummy=is_dummy)
+            else:
+                balancer.step(
+                    arrived.load,
+                    phase=arrived.circumstances.phase,
+                    counted_by=arrived.circumstances.expert_map,
+                )
 
     def forget_load(self) -> None:
         """A profile pass has ended: nothing of it counts."""
-        for model in self._models.values():
-            model.forget_load()
+        for counts in self._counts.values():
+            counts.forget()
 
     # --- control ---
 

@@ -102,16 +102,6 @@ class VllmModel:
         self._columns_in_use = width
         self._expert_map = self._expert_map.replace_layers(chosen, expert_map)
 
-    def take_load(self) -> NDArray[np.int64]:
-        """Tokens that this rank sent to each physical expert since the last call: [layers, physical]."""
-        load: NDArray[np.int64] = self._state.expert_load_pass.cpu().numpy().astype(np.int64)
-        self.forget_load()
-        return load
-
-    def forget_load(self) -> None:
-        """Drop what was counted: a profile or dummy pass carries no requests."""
-        self._state.expert_load_pass.zero_()
-
     @staticmethod
     def _write(table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
         """In place: captured graphs keep reading the table at its address."""
