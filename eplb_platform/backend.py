@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb_platform.device_extensions import import_torch
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
@@ -338,6 +340,7 @@ def _examine(name: str, offers: Sequence[EntryPoint]) -> tuple[BackendReport, ty
             name, "", "", False, f"offered {len(offers)} times ({places}): uninstall one"
         ), None
     try:
+        import_torch()
         backend = offer.load()
     except (Exception, SystemExit) as error:
         return BackendReport(name, "", "", False, f"{offer.value} fails to import: {_one_line(error)}"), None

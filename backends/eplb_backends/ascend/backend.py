@@ -1,0 +1,133 @@
+"""The backend for what torch_npu calls npu: its streams, its memory formats, its operator for routing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch.distributed import is_gloo_available
+
+from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
+from eplb_backends.accelerator.backend import PINNED_BYTES
+from eplb_backends.accelerator.streams import EventTimer
+from eplb_backends.ascend import environment, nz_format, update_expert
+from eplb_backends.ascend.hccl_options import HcclOptions
+from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
+
+_log = logging.getLogger(__name__)
+
+ROUTINGS = ("torch", "operator")
+
+
+class AscendBackend(AcceleratorBackend):
+    """Weights in NPU memory, in plain and in NZ format, moved through pinned host memory.
+
+    hccl_options: of the HCCL group, as `hccl_options.KNOWN`; they need a transport that uses HCCL
+    routing: "torch", the rule of every backend; "operator", npu_moe_update_expert where it is there, answers
+        as documented, and takes the shapes, and the rule of every backend otherwise
+    """
+
+    name: ClassVar[str] = "ascend"
+    device_type: ClassVar[str] = "npu"
+    collective: ClassVar[str] = "gloo"
+    layout = nz_format.NzLayout()
+
+    def __init__(
+        self,
+        streams: StreamOperations | None = None,
+        *,
+        transport: str = "host",
+        pinned_bytes: int = PINNED_BYTES,
+        hccl_options: Mapping[str, object] | None = None,
+        routing: str = "torch",
+    ) -> None:
+        self._hccl_options = HcclOptions(hccl_options or {})
+        if routing not in ROUTINGS:
+            raise ValueError(f"ascend: no routing {routing!r}; there are {', '.join(ROUTINGS)}")
+        if self._hccl_options.values and transport == "host":
+            raise ValueError(
+                f"ascend: {', '.join(self._hccl_options.values)} would have no effect: transport 'host' "
+                "makes no HCCL group"
+            )
+        super().__init__(streams, transport=transport, pinned_bytes=pinned_bytes)
+        self._update_expert = _operator() if routing == "operator" else None
+
+    @classmethod
+    def availability(cls) -> Availability:
+        """As `Backend.availability`. Imports torch_npu where CANN can be loaded; initialises no device."""
+        versions = environment.versions()
+        if not is_gloo_available():
+            return Availability(False, f"torch {torch.__version__} was built without gloo", versions)
+        try:
+            count = environment.count_devices()
+        except environment.Unavailable as missing:
+            return Availability(False, str(missing), versions)
+        return Availability(True, f"{count} NPUs; weights move through host memory", versions)
+
+    def default_streams(self) -> StreamOperations:
+        return TorchStreams(_module())
+
+    def allocate_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def timer(self) -> DeviceTimer:
+        return EventTimer(_module())
+
+    # --- weights ---
+
+    def allocate_staging(
+        self, parameter: Sequence[torch.Tensor] | torch.Tensor, slots: int
+    ) -> Sequence[torch.Tensor]:
+        """As `Backend.allocate_staging`, in the parameter's format. Refuses stacks in a format such as NZ."""
+        nz_format.check_parameter(parameter)
+        staging = super().allocate_staging(parameter, slots)
+        for staged in staging:
+            nz_format.check_same_format(parameter[0], staged, "staging")
+        return staging
+
+    def swap_in(
+        self,
+        parameter: Sequence[torch.Tensor] | torch.Tensor,
+        slots: Sequence[int],
+        staging: Sequence[torch.Tensor],
+        rows: Sequence[int],
+    ) -> None:
+        for slot, row in zip(slots, rows, strict=False):  # of other lengths: the shared code says so
+            nz_format.check_same_format(parameter[slot], staging[row], f"staged expert for slot {slot}")
+        super().swap_in(parameter, slots, staging, rows)
+
+    # --- the forward path ---
+
+    def map_and_record(
+        self,
+        logical_ids: torch.Tensor,
+        logical_to_physical: torch.Tensor,
+        replica_count: torch.Tensor,
+        load: torch.Tensor | None,
+        offset: int = 0,
+    ) -> torch.Tensor:
+        operator = self._update_expert
+        if operator is None or not update_expert.can_map(logical_ids, logical_to_physical, self._num_ranks):
+            return super().map_and_record(logical_ids, logical_to_physical, replica_count, load, offset)
+        return update_expert.map_and_record(
+            operator, logical_ids, logical_to_physical, replica_count, load, offset
+        )
+
+
+def _module() -> DeviceModule:
+    return cast(DeviceModule, environment.torch_npu().npu)
+
+
+def _operator() -> update_expert.UpdateExpert | None:
+    """npu_moe_update_expert where it is there and right; asked at start, as the answer is waited for."""
+    operator = getattr(environment.torch_npu(), "npu_moe_update_expert", None)
+    if operator is None:
+        _log.warning("torch_npu has no npu_moe_update_expert: routing by torch's operators")
+        return None
+    device = torch.device("npu", _module().current_device())
+    if not update_expert.answers_as_documented(operator, device):
+        _log.warning("npu_moe_update_expert does not answer as documented here: routing by torch's operators")
+        return None
+    return cast(update_expert.UpdateExpert, operator)
