@@ -22,6 +22,12 @@ class SimulatedBackend(AcceleratorBackend):
     def default_streams(self) -> StreamOperations:
         return SimulatedStreams(SimulatedDevice(self.seed))
 
+    def use(self, streams: SimulatedStreams) -> None:
+        """Go on with the streams of another device, between two exchanges."""
+        self.streams = streams
+        assert self._transfer is not None
+        self._transfer = self._new_transfer()
+
     def timer(self) -> DeviceTimer:
         assert isinstance(self.streams, SimulatedStreams)
         return SimulatedTimer(self.streams)

@@ -57,15 +57,7 @@ class AcceleratorBackend(GlooBackend):
     def connect(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
         """As `Backend.connect`; also allocates the pinned memory, which could stop the device later on."""
         super().connect(store, rank, num_ranks, timeout_s)
-        self._transfer = HostTransfer(
-            self.streams,
-            self.layout,
-            device_type=self.device_type,
-            rank=rank,
-            num_ranks=num_ranks,
-            pinned_bytes=self._pinned_bytes,
-            allocate=self._allocate_octets,
-        )
+        self._transfer = self._new_transfer()
         self._room_for_checksums()
 
     def abort(self) -> None:
@@ -113,6 +105,17 @@ class AcceleratorBackend(GlooBackend):
         offset: int = 0,
     ) -> torch.Tensor:
         return routing.map_and_record(logical_ids, logical_to_physical, replica_count, load, offset)
+
+    def _new_transfer(self) -> HostTransfer:
+        return HostTransfer(
+            self.streams,
+            self.layout,
+            device_type=self.device_type,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            pinned_bytes=self._pinned_bytes,
+            allocate=self._allocate_octets,
+        )
 
     def _room_for_checksums(self) -> torch.Tensor:
         if self._checksum_room is None:
