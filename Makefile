@@ -55,7 +55,7 @@ wheel: $(PROJECT)
 	$(BIN)/python ci/wheel.py
 
 processes: $(PROJECT)
-	$(BIN)/python -m pytest -q tests/processes
+	$(BIN)/python -m pytest -q -rs tests/processes tests/cuda
 
 # vLLM pins other versions of what we use, hence an environment of its own, with its own compiled kernels.
 # Says why where it cannot be had.

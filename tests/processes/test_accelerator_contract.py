@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch.distributed import Store
 
-from eplb_platform.backend import Backend, Message, StreamOperations
+from eplb_platform.backend import Backend, GroupError, Message, StreamOperations
 from eplb_platform.testing.contract import clauses, run_check
 from eplb_platform.testing.processes import RankPool
 from eplb_platform.testing.simulated_accelerator import SimulatedDevice, SimulatedStreams
@@ -92,3 +93,21 @@ def test_a_backend_that_breaks_a_clause_is_found_out(
     result = run_check(pools[2], backend, clause)
     assert not result.passed
     assert "ContractViolation" in result.detail
+
+
+def warm_up_with(rank: int, num_ranks: int, store: Store) -> str:
+    backend = SimulatedBackend(pinned_bytes=4096 * (1 + rank))
+    backend.connect(store, rank, num_ranks, timeout_s=10.0)
+    try:
+        backend.warm_up()
+    except (ValueError, GroupError) as error:
+        return str(error)
+    finally:
+        backend.close()
+    return ""
+
+
+def test_ranks_with_rounds_of_different_size_are_stopped_at_start(pools: dict[int, RankPool]) -> None:
+    first, second = pools[2].run(warm_up_with)
+    assert second.startswith("rank 1: pinned_bytes is 8192, but 4096 on rank 0")
+    assert first.startswith("rank 0: ")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_backends.accelerator import routing
+from eplb_backends.accelerator import host_transfer, routing
+from eplb_backends.accelerator.host_transfer import HostTransfer
 from eplb_backends.accelerator.streams import CaptureError, EventTimer, TorchStreams, wait_on_host
+from eplb_backends.accelerator.weights import DenseLayout
 from eplb_backends.cpu.mapping import map_and_record as map_on_cpu
+from eplb_backends.cpu.streams import SerialStreams
 from eplb_backends.cuda import CudaBackend
+from eplb_platform.backend import GroupError, Message, StreamOperations
 from tests.fake_device import FakeModule
 
 
@@ -155,3 +160,73 @@ def test_a_timer_knows_nothing_before_both_events_have_passed() -> None:
     assert timer.elapsed_ms() == 2.5
     timer.start()
     assert timer.elapsed_ms() is None
+
+
+# --- the way through host memory, where something is wrong ---
+
+
+class LostGroup:
+    """Nobody is there; what would be sent is noted."""
+
+    is_closed = False
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], timeout_s: float) -> None:
+        self.sent += len(sends)
+
+
+class StuckStreams(SerialStreams):
+    """A device that has stopped."""
+
+    def passed(self, mark: object) -> bool:
+        return False
+
+
+def transfer_over(streams: StreamOperations, pinned_bytes: int = 1 << 10) -> HostTransfer:
+    return HostTransfer(
+        streams, DenseLayout(),
+        device_type="cpu", rank=0, num_ranks=3, pinned_bytes=pinned_bytes,
+        allocate=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
+    )  # fmt: skip
+
+
+def test_a_device_that_has_stopped_ends_an_exchange_by_its_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_transfer, "_QUIET_S", 0.05)
+    group = LostGroup()
+    started = time.monotonic()
+    with pytest.raises(GroupError, match="rank 0: exchange: the device did not copy to host memory in time"):
+        transfer_over(StuckStreams()).exchange(group, [Message(1, torch.ones(3))], [], timeout_s=0.1)
+    assert time.monotonic() - started < 5
+    assert group.sent == 0
+
+
+def test_a_group_that_closed_meanwhile_fills_no_tensor() -> None:
+    group, received = LostGroup(), torch.zeros(3)
+
+    def close(*arguments: object) -> None:
+        group.is_closed = True
+
+    group.exchange = close  # type: ignore[method-assign]
+    with pytest.raises(GroupError, match="the group was closed on this rank"):
+        transfer_over(SerialStreams()).exchange(group, [], [Message(2, received)], timeout_s=1.0)
+    assert received.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("peer", [0, 3])
+def test_only_other_ranks_are_peers(peer: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank 0: a message has peer {peer}; expected .* \[1, 2\]"):
+        transfer_over(SerialStreams()).exchange(LostGroup(), [Message(peer, torch.ones(1))], [], 1.0)
+
+
+def test_a_tensor_of_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="the tensor for rank 1 is on meta, expected cpu"):
+        transfer_over(SerialStreams()).exchange(
+            LostGroup(), [Message(1, torch.ones(1, device="meta"))], [], 1.0
+        )
+
+
+def test_pinned_memory_holds_at_least_a_byte_for_each_peer() -> None:
+    with pytest.raises(ValueError, match="7 bytes of pinned memory are too few for 3 ranks"):
+        transfer_over(SerialStreams(), pinned_bytes=7)

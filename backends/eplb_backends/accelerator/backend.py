@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch.distributed import Store
 
@@ -59,6 +60,18 @@ class AcceleratorBackend(GlooBackend):
         super().connect(store, rank, num_ranks, timeout_s)
         self._transfer = self._new_transfer()
         self._room_for_checksums()
+
+    def warm_up(self) -> None:
+        """As `Backend.warm_up`. Raises `ValueError` where rank 0 was given other `pinned_bytes`."""
+        given = np.array([self._pinned_bytes], np.int64)
+        first = int(self.broadcast_on_host(given, source=0)[0])
+        if first != self._pinned_bytes:
+            self.abort()
+            raise ValueError(
+                f"rank {self._rank}: pinned_bytes is {self._pinned_bytes}, but {first} on rank 0: the rounds "
+                "of an exchange would differ"
+            )
+        super().warm_up()
 
     def abort(self) -> None:
         super().abort()  # first, as it ends what the background thread waits for
