@@ -29,7 +29,9 @@ class OtherOrderInEachProcess(SimulatedBackend):
         super().__init__(pinned_bytes=1 << 20)
 
     def default_streams(self) -> StreamOperations:
-        return SimulatedStreams(SimulatedDevice(os.getpid()))
+        seed = os.getpid()
+        print(f"the order of seed {seed}")  # in the report of a clause that fails
+        return SimulatedStreams(SimulatedDevice(seed))
 
 
 class HandsOutTooEarly(SimulatedBackend):
