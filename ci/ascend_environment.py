@@ -3,9 +3,9 @@
 python ci/ascend_environment.py                          # .venv-ascend
 python ci/ascend_environment.py --environment FOLDER
 
-It holds torch_npu and nothing else; all other packages are those of the environment that runs this. Installed
-there, torch_npu would make `import torch` fail, as CANN is missing. Where no wheel of it can be had, this says
-so, leaves the reason in `FOLDER/.unavailable` and ends with 0; every other failure is an error. Nothing is
+It holds torch_npu and nothing else; all other packages are those of the environment that runs this. There,
+torch_npu would make `import torch` fail, as CANN is missing. Where no wheel of it can be had, this says so,
+leaves the reason in `FOLDER/.unavailable` and ends with 0; every other failure is an error. Nothing is
 fetched when the environment is what the files ask for.
 """
 

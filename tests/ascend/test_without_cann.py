@@ -1,0 +1,52 @@
+"""With the vendor's torch_npu installed and no CANN: one clear line, and every other backend works."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+SCRIPT = """
+    import json
+    from dataclasses import asdict
+    from eplb_platform import discover_backends
+    reports = {report.name: asdict(report) for report in discover_backends()}
+    import torch
+    from eplb_platform import load_backend
+    ids, table = torch.tensor([[0, 1]]), torch.tensor([[3], [5]])
+    mapped = load_backend("cpu").map_and_record(ids, table, torch.ones(2, dtype=torch.int64), None)
+    print(json.dumps({"reports": reports, "mapped": mapped.tolist()}))
+"""
+
+
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_the_reason_is_said_and_the_cpu_backend_works(environment: Path, autoload: str) -> None:
+    try:
+        ctypes.CDLL("libhccl.so")
+    except OSError:
+        pass
+    else:
+        pytest.skip("CANN is here")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")}
+    variables["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
+    command = [str(environment / "bin" / "python"), "-c", dedent(SCRIPT)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    ascend, cpu = answer["reports"]["ascend"], answer["reports"]["cpu"]
+    assert answer["mapped"] == [[3, 5]]
+    assert cpu["usable"]
+    assert not ascend["usable"]
+    assert ascend["reason"].startswith("CANN cannot be loaded (OSError: libhccl.so")
+    assert ascend["reason"].endswith("install CANN and source its set_env.sh")
+    assert ascend["versions"]["torch_npu"] == "2.13.0"
+    if autoload == "1":
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("torch extension torch_npu is not loaded: ImportError: libhccl.so")
+    else:
+        assert done.stderr == ""
