@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Tensors: TypeAlias = "Sequence[torch.Tensor]"
 """The tensors of one expert, one for each parameter."""
+
+_LOOK_AGAIN_S = 0.0005
 
 
 class MigrationError(RuntimeError):
@@ -108,6 +111,22 @@ class Migrator:
         received = len(arrivals) - copied
         self.bytes_received += received * self.staging.expert_bytes
         self._staged = _Staged(chunk, mark, _by_layer(arrivals), received, copied)
+
+    def await_staged(self, timeout_s: float) -> None:
+        """Return once the device has done all that `fetch` enqueued: what is staged then cannot be late.
+
+        Background thread, which looks at the mark again and again: nothing else ends when a device stops. Not
+        needed for the order of `fetch` and `swap`. Raises MigrationError after `timeout_s` seconds.
+        """
+        staged = self._staged
+        deadline = time.monotonic() + timeout_s
+        while staged is not None and not self._backend.streams.passed(staged.mark):
+            if time.monotonic() > deadline:
+                raise MigrationError(
+                    f"rank {self._rank}: layers {list(staged.chunk.layers)}: the device has not finished "
+                    f"copying into the staging after {timeout_s:g} s"
+                )
+            time.sleep(_LOOK_AGAIN_S)
 
     def swap(self, chunk: Chunk) -> None:
         """Overwrite the slots that `chunk` changes with what `fetch` staged for them.

@@ -42,11 +42,15 @@ class ThreadClock(Clock):
 
 
 class BackendGroup(Group):
-    """The backend's group and the migrator that uses it."""
+    """The backend's group and the migrator that uses it.
 
-    def __init__(self, backend: Backend, migrator: Migrator | None) -> None:
+    timeout_s: for what a device has still to copy once an exchange has returned
+    """
+
+    def __init__(self, backend: Backend, migrator: Migrator | None, timeout_s: float) -> None:
         self._backend = backend
         self._migrator = migrator
+        self._timeout_s = timeout_s
 
     async def rebuild(self, epoch: int) -> None:
         self._backend.rebuild(epoch)
@@ -61,6 +65,7 @@ class BackendGroup(Group):
         if self._migrator is None:
             raise RuntimeError("this balancer observes only and cannot move experts")
         self._migrator.fetch(chunk)
+        self._migrator.await_staged(self._timeout_s)
 
     def abort(self) -> None:
         self._backend.abort()

@@ -92,7 +92,7 @@ def start_balancer(
             rank,
             num_ranks,
             plane=StoreControlPlane(PrefixStore(name, _client_of(store))),
-            group=BackendGroup(backend, migrator),
+            group=BackendGroup(backend, migrator, config.transfer_timeout_s),
             clock=ThreadClock(gate.changed),
             gate=gate,
         )

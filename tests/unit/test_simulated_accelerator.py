@@ -45,6 +45,7 @@ MUTANT_SEEDS = 400
 WAITS = {
     "Migrator.fetch": "the last swap has read its staging and written its slots, before these are used",
     "Migrator.swap": "the experts are in staging, before they are copied into their slots",
+    "Migrator.await_staged": "the experts are in staging, before other ranks are told so",
     "HostTransfer._await": "a round is in pinned memory, and the one before has left it, before gloo goes on",
     "HostTransfer._quiet": "nothing of a failed exchange is left, before its tensors may be freed",
     "HostTransfer.stop": "nothing is written into staging after an abort",
@@ -194,6 +195,7 @@ class Episode:
     def __init__(self, seed: int, ignored: str | None = None) -> None:
         self.rank = seed % NUM_RANKS
         self.verifies = seed % 2 == 1
+        self.awaits = seed % 4 >= 2  # as the cycle does, which hides a swap that does not wait
         self.faults: list[str] = []
         self.device = SimulatedDevice(seed)
         self.streams = WatchedStreams(self.device, ignored)
@@ -265,6 +267,10 @@ class Episode:
             self._incoming(chunk), lambda round_: self._enqueue_model() if round_ == 1 else None
         )
         self.migrator.fetch(chunk)
+        if self.awaits:
+            self.migrator.await_staged(30.0)
+            if self.device.pending(TRANSFER):
+                self.faults.append("experts were called staged that are still on their way")
         outgoing = self._by_peer(chunk.sends_of(self.rank))
         if peers.sent != outgoing:
             self.faults.append(f"peers were sent wrong bytes of layers {chunk.layers}")

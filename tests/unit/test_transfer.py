@@ -15,7 +15,7 @@ from eplb_platform.backend import Message, StreamOperations
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import build_schedule
 from eplb_platform.migration.staging import Staging
-from eplb_platform.migration.transfer import Migrator
+from eplb_platform.migration.transfer import MigrationError, Migrator
 from eplb_platform.topology import Topology
 
 Mark = tuple[str, int]
@@ -121,6 +121,28 @@ def test_any_order_that_the_marks_allow_is_right(seed: int) -> None:
         expected = torch.from_numpy(new.physical_to_logical[layer].copy()).float()[:, None].expand(3, 5)
         assert torch.equal(parameter, expected)
     assert (migrator.experts_copied, migrator.experts_received, migrator.bytes_received) == (4 * 5, 0, 0)
+
+
+class StuckStreams(SerialStreams):
+    """A device that has stopped."""
+
+    def passed(self, mark: object) -> bool:
+        return False
+
+
+def test_a_device_that_has_stopped_is_not_waited_for_without_end() -> None:
+    backend = LoneBackend(StuckStreams())
+    weights = [[torch.arange(2.0)]]
+    migrator = Migrator(
+        backend, weights, Staging(backend, weights, max_bytes=None, layers_per_chunk=1), rank=0
+    )
+    migrator.await_staged(0.0)  # nothing is staged
+    old, new = (ExpertMap([row], 2, Topology(1)) for row in ([0, 1], [1, 0]))
+    (chunk,) = build_schedule(old, new, layers_per_chunk=1, staging_slots=2).chunks
+    migrator.fetch(chunk)
+    with pytest.raises(MigrationError, match=r"rank 0: layers \[0\]: the device has not finished copying"):
+        migrator.await_staged(0.01)
+    assert weights[0][0].tolist() == [0.0, 1.0]
 
 
 class PlainStreams(SerialStreams):
