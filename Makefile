@@ -8,13 +8,14 @@ BIN    := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies-installed
 PROJECT      := $(VENV)/.project-installed
 VLLM         := .venv-vllm
+ASCEND       := .venv-ascend
 KERNEL_TESTS := $(addprefix tests/unit/test_,adaptive.py algorithms.py deepseek.py dispatch.py planning.py schedule.py)
 # One thread for each process: the tests run several ranks on few cores.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint unit processes kernels wheel vllm vllm-tests serve bench clean
+.PHONY: help install demo test check lint unit processes kernels wheel vllm vllm-tests ascend ascend-tests serve bench clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -67,11 +68,18 @@ vllm-tests: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then echo "SKIPPED tests/vllm: $$(cat $(VLLM)/.unavailable)"; \
 	  else set -x; $(VLLM)/bin/python -m pytest -q tests/vllm; fi
 
+# The vendor's torch_npu, which makes `import torch` fail where CANN is not, hence an environment of its own.
+ascend: $(PROJECT)
+	$(BIN)/python ci/ascend_environment.py --environment $(ASCEND)
+
+ascend-tests: ascend
+	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs tests/ascend
+
 serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi
 	PYTHON=$(VLLM)/bin/python examples/vllm/serve.sh $(SERVE_OPTIONS)
 
-test: check kernels wheel processes vllm-tests
+test: check kernels wheel processes ascend-tests vllm-tests
 
 bench: $(PROJECT)
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

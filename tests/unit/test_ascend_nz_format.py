@@ -86,7 +86,7 @@ def test_plain_tensors_go_the_shared_way(torch_npu: FakeTorchNpu) -> None:
 def test_no_part_of_an_nz_tensor_is_sent(torch_npu: FakeTorchNpu) -> None:
     stack = torch_npu.npu_format_cast(weights(4, 30, 50), NZ)
     matrix = torch_npu.npu_format_cast(weights(64, 64), NZ)
-    for part in (stack[0], stack[2], matrix[:16], matrix[:, :16], matrix.T):
+    for part in (stack[0], stack[2], matrix[:16], matrix[:60], matrix[:, :16], matrix.T):
         for use in (nz_format.check_whole, LAYOUT.to_fill, lambda part: LAYOUT.to_send(STREAMS, part)):
             with pytest.raises(ValueError, match=r"in ACL format 29 is no memory of its own.*one tensor for"):
                 use(part)
@@ -99,6 +99,8 @@ def test_a_part_is_known_without_its_base_too(torch_npu: FakeTorchNpu) -> None:
         stack = torch_npu.npu_format_cast(weights(3, 64, 64), NZ)
         with pytest.raises(ValueError, match="no memory of its own"):
             nz_format.check_whole(stack[0])
+        with pytest.raises(ValueError, match="offset 64"):
+            nz_format.check_whole(torch_npu.npu_format_cast(weights(64, 64), NZ)[1:])
         nz_format.check_whole(torch_npu.npu_format_cast(weights(64, 64), NZ))
 
 
@@ -106,6 +108,8 @@ def test_a_stack_is_refused_with_the_way_out_and_its_cost(torch_npu: FakeTorchNp
     stack = torch_npu.npu_format_cast(weights(16, 256, 512), NZ)
     with pytest.raises(ValueError, match=r"\[16, 256, 512\] in ACL format 29.*split_stacked.*8\.2 MiB"):
         nz_format.check_parameter(stack)
+    with pytest.raises(ValueError, match="no memory of its own"):
+        nz_format.check_parameter(list(stack.unbind(0)))
     nz_format.check_parameter(weights(4, 8, 8))
 
 
@@ -136,6 +140,16 @@ def test_internal_formats_that_are_switched_off_are_named(torch_npu: FakeTorchNp
     ):
         with pytest.raises(ValueError, match=r"in ACL format 2 instead of 29: set .*allow_internal_format"):
             use()
+
+
+def test_weights_that_come_out_of_another_size_are_not_copied(torch_npu: FakeTorchNpu) -> None:
+    """As with a type that the model chose when it converted them, and that cannot be read from the tensor."""
+    target = torch_npu.npu_format_cast(weights(30, 50), NZ)
+    wider = torch_npu.npu_format_cast(weights(30, 70), NZ)
+    torch_npu.npu_format_cast = lambda tensor, acl_format: wider  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"received: ACL format 29 with 2560 .* format 29 with 2048"):
+        LAYOUT.fill(STREAMS, target, LAYOUT.to_fill(target))
+    assert torch.equal(values_of(target), weights(30, 50))
 
 
 def test_experts_of_one_parameter_have_one_format(torch_npu: FakeTorchNpu) -> None:

@@ -4,10 +4,10 @@ Such a tensor lies in blocks: its storage is larger than its elements (30 x 50 i
 slice of it is no memory of its own, and torch's strides say nothing about it. On its way through host memory
 it is converted to the plain format and back; on the device it is copied whole.
 
-`copy_` from a plain tensor into one of these is never used: on CANN 9.1 and later torch_npu then converts
-the target itself and gives it a new storage. Only `npu_format_cast` converts, into a tensor of its own, and
-what it gives is looked at: where `torch.npu.config.allow_internal_format` is off, or the tensor is a view, it
-leaves the format as it was, with a warning at most.
+`copy_` from a plain tensor into one of these is never used: as torch_npu's source has it, on CANN 9.1 and
+later it converts the target instead of the source, and gives it a new storage. Only `npu_format_cast`
+converts, into a tensor of its own, and what it gives is looked at: where `allow_internal_format` of
+`torch.npu.config` is off, or the tensor is a view, it leaves the format as it was, with a warning at most.
 """
 
 from __future__ import annotations
