@@ -19,8 +19,14 @@ from eplb_platform.topology import Topology
 _Int32: TypeAlias = NDArray[np.int32]
 
 # A format is one module of records with `read` and `write`; a file's suffix names its format.
-_MODULE_OF_FORMAT = {"json": "eplb_platform.records.expert_map_json"}
-FORMAT_OF_SUFFIX = {".json": "json"}
+_MODULE_OF_FORMAT = {
+    "json": "eplb_platform.records.expert_map_json",
+    "vllm_ascend": "eplb_platform.records.expert_map_json",
+    "tensorrt_llm": "eplb_platform.records.tensorrt_llm_yaml",
+    "sglang": "eplb_platform.records.sglang_location",
+    "vllm": "eplb_platform.records.vllm_map",
+}
+FORMAT_OF_SUFFIX = {".json": "json", ".yaml": "tensorrt_llm", ".yml": "tensorrt_llm", ".pt": "sglang"}
 
 
 class ExpertMap:
@@ -223,6 +229,7 @@ class ExpertMap:
         """The map in the file at `path`, whose format is `format` or what the suffix says.
 
         num_logical_experts, topology: what the file must fit; without them the file says it, on one node.
+            Of the formats only "json" says the number of ranks: the others need the topology.
         Raises ValueError for an unknown format, `records.RecordError` for a file that is not a valid map.
         """
         record = _record_format(path, format)

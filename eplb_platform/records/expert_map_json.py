@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -25,10 +24,9 @@ from numpy.typing import NDArray
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import strict_json
 from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe, file_size, shown
+from eplb_platform.records.fault import Fault, Faults, RecordError, describe, shown
 from eplb_platform.topology import Topology
 
-MAX_FILE_BYTES = 1 << 30
 MAX_FAULTS = 100
 _LARGEST_ID = 2**31 - 1
 
@@ -48,7 +46,7 @@ def read(
     Raises RecordError with the first fault and the number of the others; see `faults`.
     """
     found = Faults(limit=1)
-    experts = _check(_parse(path), found, num_logical_experts, topology)
+    experts = _check(strict_json.read(path), found, num_logical_experts, topology)
     if experts is None:
         fault, *rest = found.listed()
         more = f" ({rest[0].message})" if rest else ""
@@ -84,7 +82,7 @@ def faults(
     """
     found = Faults(limit)
     try:
-        _check(_parse(path), found, num_logical_experts, topology)
+        _check(strict_json.read(path), found, num_logical_experts, topology)
     except RecordError as error:
         return [error.fault]
     return found.listed()
@@ -96,18 +94,6 @@ def _layer_text(layer: int, ranks: list[list[int]]) -> str:
         for rank, experts in enumerate(ranks)
     )
     return f'  {{"layer_id": {layer}, "device_count": {len(ranks)}, "device_list": [\n{devices}\n  ]}}'
-
-
-def _parse(path: str | os.PathLike[str]) -> object:
-    """The JSON document at `path`. Raises RecordError when there is none."""
-    size = file_size(path)
-    if size > MAX_FILE_BYTES:
-        raise RecordError(path, Fault("", f"{size} bytes, expected at most {MAX_FILE_BYTES}"))
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
-    return strict_json.parse(path, content)
 
 
 @dataclass(frozen=True)

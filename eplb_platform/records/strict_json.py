@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from pathlib import Path
 from typing import TypeAlias
 
-from eplb_platform.records.fault import Fault, RecordError
+from eplb_platform.records.fault import Fault, RecordError, describe, file_size
+
+MAX_FILE_BYTES = 1 << 30
 
 Object: TypeAlias = dict[str, object]
 
@@ -16,6 +19,18 @@ class RepeatedKeys(Object):
     """A JSON object that has some keys more than once; it holds the last values."""
 
     keys_given_twice: list[str]
+
+
+def read(path: str | os.PathLike[str]) -> object:
+    """The JSON document in the file at `path`; see `parse`. Raises RecordError when there is none."""
+    size = file_size(path)
+    if size > MAX_FILE_BYTES:
+        raise RecordError(path, Fault("", f"{size} bytes, expected at most {MAX_FILE_BYTES}"))
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
+    return parse(path, content)
 
 
 def parse(path: str | os.PathLike[str], content: bytes) -> object:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_platform import ExpertMap, Topology
-from eplb_platform.records import Fault, RecordError, expert_map_json
+from eplb_platform.records import Fault, RecordError, expert_map_json, strict_json
 from eplb_platform.records.atomic import write_atomically
 from tests.unit.strategies import expert_maps
 
@@ -278,7 +278,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pyte
     assert refusal(binary) == f"{binary}: byte 1: no UTF-8 text: invalid start byte"
     assert refusal("a\0b") == r"'a\x00b': embedded null byte"
     assert refusal("") == "'': No such file or directory"
-    monkeypatch.setattr(expert_map_json, "MAX_FILE_BYTES", 2)
+    monkeypatch.setattr(strict_json, "MAX_FILE_BYTES", 2)
     assert refusal(binary) == f"{binary}: 3 bytes, expected at most 2"
 
 

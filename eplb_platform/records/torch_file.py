@@ -1,0 +1,68 @@
+"""Files of torch.save, read without running anything that is in them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from eplb_platform.records.atomic import write_atomically
+from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
+
+_MAX_PICKLE_BYTES = 1 << 28
+
+
+def read(path: str | os.PathLike[str]) -> dict[object, object]:
+    """The dict in the file at `path`, its tensors memory-mapped, on the CPU.
+
+    Read with torch.load(weights_only=True) alone. Raises RecordError for what that refuses, for what is no
+    zip file as torch writes it (members uncompressed), and for anything but a dict.
+    """
+    file_size(path)
+    _check_zip(path)
+    import torch
+
+    try:
+        content = torch.load(os.fspath(path), weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # a broken pickle raises whatever its opcodes run into
+        raise RecordError(path, Fault("", f"no plain torch file: {shown(str(error))}")) from error
+    if not isinstance(content, dict):
+        raise RecordError(path, Fault("", f"{type(content).__name__}, expected a dict"))
+    return content
+
+
+def write(path: str | os.PathLike[str], content: dict[str, object]) -> None:
+    """Write the dict to `path`, atomically; folders that are missing are made. Raises RecordError."""
+    import torch
+
+    def write_to(file: BinaryIO) -> None:
+        torch.save(content, file)
+
+    try:
+        write_atomically(path, write_to)
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
+
+
+def _check_zip(path: str | os.PathLike[str]) -> None:
+    """Refuse what would unpack to more than the file is."""
+    try:
+        with Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise RecordError(path, Fault("", "no zip file, expected one as torch.save writes it")) from error
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise RecordError(
+                path, Fault(shown(member.filename), "compressed, expected an uncompressed member")
+            )
+        if member.filename.endswith("data.pkl") and member.file_size > _MAX_PICKLE_BYTES:
+            raise RecordError(
+                path,
+                Fault(
+                    shown(member.filename), f"{member.file_size} bytes, expected at most {_MAX_PICKLE_BYTES}"
+                ),
+            )
