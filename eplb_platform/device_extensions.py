@@ -22,21 +22,28 @@ def import_torch() -> None:
     """
     if "torch" in sys.modules:
         return
-    switch = os.environ.get(_SWITCH, "1")
+    given = os.environ.get(_SWITCH)
     os.environ[_SWITCH] = "0"
     try:
         import torch  # noqa: F401
     finally:
-        os.environ[_SWITCH] = switch
-    if switch != "1":
+        _set_switch(given)
+    if given not in (None, "1"):
         return
     for extension in entry_points(group=_GROUP):
         try:
             extension.load()()
         except (Exception, SystemExit) as error:
             _log.warning("torch extension %s is not loaded: %s", extension.name, _one_line(error))
-            switch = "0"
-        os.environ[_SWITCH] = switch  # an extension may have changed it
+            given = "0"
+        _set_switch(given)  # an extension may have changed it
+
+
+def _set_switch(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_SWITCH, None)
+    else:
+        os.environ[_SWITCH] = value
 
 
 def _one_line(error: BaseException) -> str:
