@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +24,7 @@ def two_rank_engine(model: str | None, eplb_config: Mapping[str, object]) -> LLM
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm import LLM
 
-    folder = model or str(write_demo_model(Path(tempfile.mkdtemp(prefix="eplb-demo-model-"))))
+    folder = model or str(write_demo_model(Path("eplb-demo-model")))
     return LLM(
         folder,
         dtype="float32",

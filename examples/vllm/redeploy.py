@@ -18,7 +18,13 @@ def main() -> None:
     options = parser.parse_args()
     # The redundancy is what the file says.
     engine = two_rank_engine(
-        options.model, {"expert_map_path": str(options.map.absolute()), "log_balancedness": True}
+        options.model,
+        {
+            "expert_map_path": str(options.map.absolute()),
+            "log_balancedness": True,
+            "log_balancedness_interval": 50,
+            "expert_heat_collection_interval": 50,
+        },
     )
     generate_texts(engine, rounds=4)
     (rank, *_) = engine.collective_rpc("eplb_snapshot")
