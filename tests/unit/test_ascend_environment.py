@@ -230,6 +230,22 @@ def test_what_to_do_about_cann(
         environment.torch_npu()
 
 
+@pytest.mark.parametrize("switch", [None, "1"])
+def test_an_import_that_fails_leaves_the_switch_of_auto_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: str | None
+) -> None:
+    (tmp_path / "torch_npu.py").write_text(dedent(RAISES.format(error="ImportError('libge_runner.so')")))
+    monkeypatch.syspath_prepend(tmp_path)
+    for check in ("_check_versions", "_check_cann"):
+        monkeypatch.setattr(environment, check, lambda: None)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", switch or "")
+    if switch is None:
+        monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    with pytest.raises(environment.Unavailable, match=r"fails to import: ImportError: libge_runner\.so"):
+        environment.torch_npu()
+    assert os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == switch
+
+
 @pytest.mark.parametrize(
     ("version", "release"),
     [("2.13.0+cpu", "2.13.0"), ("2.7.1.post2", "2.7.1"), ("2.5.1rc1", "2.5.1"), ("2.13.0a0+git1", "2.13.0")],
