@@ -25,6 +25,15 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON value on standard output, for machines.")
 ]
 
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="vllm-ascend, tensorrt-llm, sglang, vllm (maps); trace, tensorrt-llm, sglang (recorded load).",
+        show_default="what the file looks like",
+    ),
+]
+
 
 @application.callback()
 def eplb() -> None:
@@ -55,23 +64,31 @@ def backends(as_json: AsJson = False) -> None:
 
 @application.command()
 def validate(
-    map_file: Annotated[Path, typer.Argument(metavar="MAP", help="An expert map (JSON).")],
-    ranks: Annotated[int | None, typer.Option(min=1, help="The number of ranks it must be for.")] = None,
+    map_file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An expert map or recorded load, of any engine.")
+    ],
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks", "--ep-size", min=1, help="The ranks it must be for; only vllm-ascend's maps say it."
+        ),
+    ] = None,
     experts: Annotated[
         int | None, typer.Option(min=1, help="The number of logical experts in a layer.")
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="The number of mixture-of-experts layers.")
     ] = None,
+    format: FormatOption = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print every fault of an expert map file.
+    """Print every fault of an expert map, or the first one of recorded load.
 
     One line for each fault, with its place in the file; exit code 2 when there is one.
     """
     from eplb_platform.cli.validation import check
 
-    outcome = check(map_file, ranks=ranks, experts=experts, layers=layers)
+    outcome = check(map_file, ranks=ranks, experts=experts, layers=layers, format=format)
     if as_json:
         typer.echo(json.dumps(outcome.as_dict()))
     else:
@@ -82,7 +99,7 @@ def validate(
 
 @application.command()
 def plan(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Load traces (.safetensors).")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded load, of any engine.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="MAP", help="Where the map goes (.json).")
     ],
@@ -143,6 +160,84 @@ def plan(
             compute_cost=compute_cost,
         )
     )
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        for line in outcome.lines():
+            typer.echo(line)
+
+
+@application.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A map or recorded load: a file, or a folder of them.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            help="A map: .json (vllm-ascend), .yaml (TensorRT-LLM), .pt (SGLang). Recorded load: "
+            ".safetensors (trace), .pt or .json (SGLang), no suffix (TensorRT-LLM's folder).",
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Maps: vllm-ascend, tensorrt-llm, sglang, vllm. Recorded load: trace, tensorrt-llm, sglang.",
+            show_default="what OUTPUT says",
+        ),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FORMAT", help="As --to.", show_default="what INPUT looks like"),
+    ] = None,
+    ep_size: Annotated[
+        int | None, typer.Option(min=1, help="The number of ranks, which only vllm-ascend's maps say.")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Logical experts in a layer.", show_default="the largest id + 1")
+    ] = None,
+    first_moe_layer: Annotated[
+        int | None, typer.Option(min=0, help="Dense layers before the first with experts (DeepSeek-V3: 3).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a map or recorded load to another engine's format.
+
+    vllm-ascend and vLLM hold MoE layers only; TensorRT-LLM numbers them as in the model; SGLang has a row for
+    every layer, dense ones too.
+    """
+    from eplb_platform.cli.converting import Request
+    from eplb_platform.cli.converting import convert as do
+
+    outcome = do(Request(source, output, from_, to, ep_size, experts, first_moe_layer))
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        for line in outcome.lines():
+            typer.echo(line)
+
+
+@application.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="MAP", help="An expert map, of any engine.")],
+    second: Annotated[Path, typer.Argument(metavar="MAP", help="The map to compare it with.")],
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")],
+    ep_size: Annotated[
+        int | None, typer.Option(min=1, help="The number of ranks, for maps that do not say it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two expert maps under the same recorded load, layer by layer.
+
+    Imbalance ratio, balancedness, and the experts that ranks must receive to go from the first to the second.
+    """
+    from eplb_platform.cli.comparing import compare as do
+
+    outcome = do(first, second, trace, ep_size)
     if as_json:
         typer.echo(json.dumps(outcome.as_dict()))
     else:

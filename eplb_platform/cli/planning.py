@@ -18,7 +18,8 @@ from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
-from eplb_platform.records import compute_cost, load_trace
+from eplb_platform.records import compute_cost
+from eplb_platform.records.formats import read_trace
 from eplb_platform.records.load_trace import LoadTrace
 from eplb_platform.topology import Topology
 
@@ -154,7 +155,7 @@ def _current(request: Request, num_experts: int) -> tuple[ExpertMap | None, Topo
 
 def _windows(request: Request) -> NDArray[np.float64]:
     """[windows, layers, logical], tokens: the steps of all traces in order, each trace by itself."""
-    traces = [(path, load_trace.read(path)) for path in request.traces]
+    traces = [(path, read_trace(path)) for path in request.traces]
     chosen = [_steps(trace, request.phase) for _, trace in traces]
     first_path, first = traces[0]
     for (path, trace), steps in zip(traces, chosen, strict=True):

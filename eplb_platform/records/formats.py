@@ -26,6 +26,7 @@ from eplb_platform.records.fault import Fault, RecordError
 from eplb_platform.records.load_trace import LoadTrace
 
 MAP, TRACE = "map", "trace"
+MIXED = load_trace.NUM_PHASES - 1  # the phase of steps whose phase is not known
 MAP_FORMATS = ("vllm_ascend", "tensorrt_llm", "sglang", "vllm")
 TRACE_FORMATS = ("trace", "tensorrt_llm", "sglang")
 _OF_SUFFIX = {

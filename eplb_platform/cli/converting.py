@@ -1,0 +1,154 @@
+"""`eplb convert`: maps and recorded load from one engine's format to another's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eplb_platform.cli import BadInput
+from eplb_platform.cli.files import format_name, identified, read_map, read_trace
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.records import (
+    expert_map_json,
+    formats,
+    load_trace,
+    sglang_location,
+    sglang_recorder,
+    tensorrt_llm_statistics,
+    tensorrt_llm_yaml,
+    vllm_map,
+)
+from eplb_platform.records.fault import RecordError
+from eplb_platform.records.load_trace import LoadTrace
+from eplb_platform.topology import Topology
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for; see the options of `eplb convert`."""
+
+    source: Path
+    output: Path
+    source_format: str | None = None
+    output_format: str | None = None
+    ep_size: int | None = None
+    num_experts: int | None = None
+    first_moe_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was read and what was written."""
+
+    request: Request
+    kind: str
+    source_format: str
+    output_format: str
+    summary: str
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"{self.request.source} ({self.source_format}) -> {self.request.output} ({self.output_format}): "
+            f"{self.kind}, {self.summary}",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "kind": self.kind,
+            "source": str(self.request.source),
+            "source_format": self.source_format,
+            "output": str(self.request.output),
+            "output_format": self.output_format,
+            "notes": list(self.notes),
+        }
+
+
+def convert(request: Request) -> Outcome:
+    """Read, check and write. Raises BadInput for what cannot be read, held or written."""
+    try:
+        kind, source_format = identified(request.source, format_name(request.source_format))
+        output_format = _output_format(request, kind)
+        if kind == formats.MAP:
+            return _convert_map(request, source_format, output_format)
+        return _convert_trace(request, source_format, output_format)
+    except (RecordError, ValueError) as error:
+        raise BadInput(f"convert: {error}") from error
+
+
+def _output_format(request: Request, kind: str) -> str:
+    """The format that was asked for, or what the name of the output says."""
+    known = formats.MAP_FORMATS if kind == formats.MAP else formats.TRACE_FORMATS
+    name = format_name(request.output_format)
+    suffix = request.output.suffix.lower()
+    if name is None and kind == formats.MAP:
+        name = {".json": "vllm_ascend", ".yaml": "tensorrt_llm", ".yml": "tensorrt_llm", ".pt": "sglang"}.get(
+            suffix
+        )
+    elif name is None:
+        name = {".safetensors": "trace", ".pt": "sglang", ".json": "sglang", "": "tensorrt_llm"}.get(suffix)
+    if name is None or name not in known:
+        names = ", ".join(each.replace("_", "-") for each in known)
+        what = "an expert map" if kind == formats.MAP else "recorded load"
+        raise BadInput(f"convert: {request.source} is {what}: give --to, one of {names}")
+    return name
+
+
+def _convert_map(request: Request, source_format: str, output_format: str) -> Outcome:
+    dense = request.first_moe_layer or 0
+    expert_map = read_map(
+        request.source,
+        format=source_format,
+        topology=None if request.ep_size is None else Topology(request.ep_size),
+        num_logical_experts=request.num_experts,
+        first_moe_layer=dense if source_format == "sglang" else 0,
+    )
+    _write_map(request.output, expert_map, output_format, dense)
+    notes = []
+    if output_format in ("sglang", "tensorrt_llm") and request.first_moe_layer is None:
+        notes.append(
+            "layers are numbered from 0: for a model that begins with dense layers give --first-moe-layer"
+        )
+    ranks = expert_map.topology.num_ranks
+    if output_format != "vllm_ascend":
+        notes.append(f"the format does not say its EP size: start the engine with {ranks} EP ranks")
+    summary = (
+        f"{expert_map.num_layers} layers, {expert_map.num_logical_experts} experts + "
+        f"{expert_map.num_redundant_experts} redundant, {ranks} ranks of {expert_map.slots_per_rank} slots"
+    )
+    return Outcome(request, "map", source_format, output_format, summary, tuple(notes))
+
+
+def _write_map(path: Path, expert_map: ExpertMap, format: str, first_moe_layer: int) -> None:
+    if format == "tensorrt_llm":
+        tensorrt_llm_yaml.write(path, expert_map, first_moe_layer=first_moe_layer)
+    elif format == "sglang":
+        sglang_location.write(path, expert_map, first_moe_layer=first_moe_layer)
+    elif format == "vllm":
+        vllm_map.write(path, expert_map)
+    else:
+        expert_map_json.write(path, expert_map)
+
+
+def _convert_trace(request: Request, source_format: str, output_format: str) -> Outcome:
+    trace = read_trace(request.source, source_format)
+    notes = []
+    metadata = dict(trace.metadata)
+    if request.first_moe_layer is not None:
+        metadata["first_moe_layer"] = str(request.first_moe_layer)
+    trace = LoadTrace(trace.expert_load, trace.phase, metadata)
+    if output_format == "tensorrt_llm":
+        if "num_experts_per_token" not in metadata:
+            notes.append("num_experts_per_token is not known: meta_info.json says 1")
+        tensorrt_llm_statistics.write(request.output, trace, ep_size=request.ep_size)
+    elif output_format == "sglang":
+        sglang_recorder.write(request.output, trace)
+    else:
+        load_trace.write(request.output, trace)
+    if output_format != "trace" and trace.num_steps and (trace.phase != formats.MIXED).any():
+        notes.append("the format does not hold phases: they are lost")
+    summary = f"{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_logical_experts} experts"
+    return Outcome(request, "recorded load", source_format, output_format, summary, tuple(notes))

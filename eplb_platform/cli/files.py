@@ -1,0 +1,85 @@
+"""Maps and recorded load of any engine, as the commands take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eplb_platform.cli import BadInput
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.records import expert_map_json, formats, sglang_location, tensorrt_llm_yaml, vllm_map
+from eplb_platform.records.fault import Fault, RecordError
+from eplb_platform.records.load_trace import LoadTrace
+from eplb_platform.topology import Topology
+
+# Names that people give, and what they mean.
+_ALIASES = {"json": "vllm_ascend", "safetensors": "trace", "statistics": "tensorrt_llm"}
+
+
+def format_name(text: str | None) -> str | None:
+    """The format that `text` names: vllm-ascend, tensorrt-llm, sglang, vllm or trace. Raises BadInput."""
+    if text is None:
+        return None
+    name = text.lower().replace("-", "_")
+    name = _ALIASES.get(name, name)
+    known = dict.fromkeys((*formats.MAP_FORMATS, *formats.TRACE_FORMATS))
+    if name not in known:
+        names = ", ".join(each.replace("_", "-") for each in known)
+        raise BadInput(f"unknown format {text!r}, expected one of {names}")
+    return name
+
+
+def identified(path: Path, format: str | None) -> tuple[str, str]:
+    """Kind and format of what is at `path`, of the format that was named if one was. Raises RecordError."""
+    if format is None:
+        return formats.detect(path)
+    if format not in formats.TRACE_FORMATS:
+        return formats.MAP, format
+    if format not in formats.MAP_FORMATS:
+        return formats.TRACE, format
+    kind, found = formats.detect(path)
+    if found != format:
+        raise RecordError(path, Fault("", f"{kind} of format {found}, expected {format}"))
+    return kind, format
+
+
+def read_map(
+    path: Path,
+    *,
+    format: str | None = None,
+    topology: Topology | None = None,
+    num_logical_experts: int | None = None,
+    num_layers: int | None = None,
+    first_moe_layer: int = 0,
+) -> ExpertMap:
+    """The map in the file at `path`, whatever engine it is for.
+
+    topology: needed where the file does not say its number of ranks, and otherwise what it must fit
+    num_layers: MoE layers that are expected: an SGLang map may have more rows, of dense layers in front
+    first_moe_layer: dense layers in front, where they are known
+
+    Raises RecordError.
+    """
+    kind, name = identified(path, format)
+    if kind != formats.MAP:
+        raise RecordError(path, Fault("", f"recorded load ({name}), expected an expert map"))
+    if name == "vllm_ascend":
+        return expert_map_json.read(path, num_logical_experts=num_logical_experts, topology=topology)
+    if name == "tensorrt_llm":
+        return tensorrt_llm_yaml.read(path, num_logical_experts=num_logical_experts, topology=topology)
+    if name == "vllm":
+        return vllm_map.read(path, num_logical_experts=num_logical_experts, topology=topology)
+
+    def of_sglang(dense: int) -> ExpertMap:
+        return sglang_location.read(
+            path, num_logical_experts=num_logical_experts, topology=topology, first_moe_layer=dense
+        )
+
+    found = of_sglang(first_moe_layer)
+    if not first_moe_layer and num_layers is not None and found.num_layers > num_layers:
+        return of_sglang(found.num_layers - num_layers)
+    return found
+
+
+def read_trace(path: Path, format: str | None = None) -> LoadTrace:
+    """The load at `path`, whatever engine recorded it. Raises RecordError."""
+    return formats.read_trace(path, format=format)
