@@ -168,6 +168,45 @@ def plan(
 
 
 @application.command()
+def report(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")],
+    ep_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The number of ranks: of maps that do not say it, and of the run if its record does not.",
+        ),
+    ] = None,
+    iter_range: Annotated[
+        str | None,
+        typer.Option(metavar="A-B", help="Iterations from A up to B, without B.", show_default="all"),
+    ] = None,
+    map_: Annotated[
+        list[Path] | None,
+        typer.Option("--map", metavar="MAP", help="Project the load under this map; repeatable."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="PAGE", help="Write one page that opens offline (.html).")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PICTURE", help="Write a picture (.png).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Report what recorded load says, in the layout that engines start with and under any number of maps.
+
+    Per layer: mean, standard deviation and imbalance ratio of the rank loads, balancedness, hottest experts,
+    drift over time; phases apart.
+    """
+    from eplb_platform.cli.reporting import Request, make
+
+    outcome = make(Request(trace, ep_size, iter_range, map_ or (), html, plot))
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        for line in outcome.lines():
+            typer.echo(line)
+
+
+@application.command()
 def convert(
     source: Annotated[
         Path, typer.Argument(metavar="INPUT", help="A map or recorded load: a file, or a folder of them.")

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eplb_platform.cli import BadInput
-from eplb_platform.cli.files import format_name, identified, read_map, read_trace
-from eplb_platform.expert_map import ExpertMap
-from eplb_platform.records import (
-    expert_map_json,
-    formats,
-    load_trace,
-    sglang_location,
-    sglang_recorder,
-    tensorrt_llm_statistics,
-    tensorrt_llm_yaml,
-    vllm_map,
+from eplb_platform.cli.files import (
+    MAP_FORMAT_OF_SUFFIX,
+    format_name,
+    identified,
+    read_map,
+    read_trace,
+    write_map,
 )
+from eplb_platform.records import formats, load_trace, sglang_recorder, tensorrt_llm_statistics
 from eplb_platform.records.fault import RecordError
 from eplb_platform.records.load_trace import LoadTrace
 from eplb_platform.topology import Topology
@@ -85,9 +82,7 @@ def _output_format(request: Request, kind: str) -> str:
     name = format_name(request.output_format)
     suffix = request.output.suffix.lower()
     if name is None and kind == formats.MAP:
-        name = {".json": "vllm_ascend", ".yaml": "tensorrt_llm", ".yml": "tensorrt_llm", ".pt": "sglang"}.get(
-            suffix
-        )
+        name = MAP_FORMAT_OF_SUFFIX.get(suffix)
     elif name is None:
         name = {".safetensors": "trace", ".pt": "sglang", ".json": "sglang", "": "tensorrt_llm"}.get(suffix)
     if name is None or name not in known:
@@ -106,7 +101,7 @@ def _convert_map(request: Request, source_format: str, output_format: str) -> Ou
         num_logical_experts=request.num_experts,
         first_moe_layer=dense if source_format == "sglang" else 0,
     )
-    _write_map(request.output, expert_map, output_format, dense)
+    write_map(request.output, expert_map, output_format, dense)
     notes = []
     if output_format in ("sglang", "tensorrt_llm") and request.first_moe_layer is None:
         notes.append(
@@ -120,17 +115,6 @@ def _convert_map(request: Request, source_format: str, output_format: str) -> Ou
         f"{expert_map.num_redundant_experts} redundant, {ranks} ranks of {expert_map.slots_per_rank} slots"
     )
     return Outcome(request, "map", source_format, output_format, summary, tuple(notes))
-
-
-def _write_map(path: Path, expert_map: ExpertMap, format: str, first_moe_layer: int) -> None:
-    if format == "tensorrt_llm":
-        tensorrt_llm_yaml.write(path, expert_map, first_moe_layer=first_moe_layer)
-    elif format == "sglang":
-        sglang_location.write(path, expert_map, first_moe_layer=first_moe_layer)
-    elif format == "vllm":
-        vllm_map.write(path, expert_map)
-    else:
-        expert_map_json.write(path, expert_map)
 
 
 def _convert_trace(request: Request, source_format: str, output_format: str) -> Outcome:

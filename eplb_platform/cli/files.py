@@ -11,6 +11,12 @@ from eplb_platform.records.fault import Fault, RecordError
 from eplb_platform.records.load_trace import LoadTrace
 from eplb_platform.topology import Topology
 
+MAP_FORMAT_OF_SUFFIX = {
+    ".json": "vllm_ascend",
+    ".yaml": "tensorrt_llm",
+    ".yml": "tensorrt_llm",
+    ".pt": "sglang",
+}
 # Names that people give, and what they mean.
 _ALIASES = {"json": "vllm_ascend", "safetensors": "trace", "statistics": "tensorrt_llm"}
 
@@ -78,6 +84,18 @@ def read_map(
     if not first_moe_layer and num_layers is not None and found.num_layers > num_layers:
         return of_sglang(found.num_layers - num_layers)
     return found
+
+
+def write_map(path: Path, expert_map: ExpertMap, format: str, first_moe_layer: int = 0) -> None:
+    """Write the map, with the model's numbers of layers where the format has them. Raises RecordError."""
+    if format == "tensorrt_llm":
+        tensorrt_llm_yaml.write(path, expert_map, first_moe_layer=first_moe_layer)
+    elif format == "sglang":
+        sglang_location.write(path, expert_map, first_moe_layer=first_moe_layer)
+    elif format == "vllm":
+        vllm_map.write(path, expert_map)
+    else:
+        expert_map_json.write(path, expert_map)
 
 
 def read_trace(path: Path, format: str | None = None) -> LoadTrace:

@@ -16,8 +16,10 @@ from eplb_platform.algorithms import DEFAULT_ALGORITHM, AlgorithmError, Plan, re
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
 from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput
+from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, write_map
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
+from eplb_platform.offline.report import metadata_number
 from eplb_platform.records import compute_cost
 from eplb_platform.records.formats import read_trace
 from eplb_platform.records.load_trace import LoadTrace
@@ -105,7 +107,8 @@ class Outcome:
 def make_plan(request: Request) -> Outcome:
     """Plan and write the map. Raises BadInput for what cannot be read, planned or written."""
     try:
-        load = _windows(request)
+        traces = [(path, read_trace(path)) for path in request.traces]
+        load = _windows(request, traces)
         current, topology = _current(request, load.shape[2])
         options = _options(request.options)
         cost = None if request.compute_cost is None else compute_cost.read(request.compute_cost)
@@ -126,10 +129,19 @@ def make_plan(request: Request) -> Outcome:
         )
         seconds = time.perf_counter() - started
         before = window_balancedness(current or _initial(plan), engine.weigh(load, cost))
-        plan.expert_map.save(request.output)
+        _save(request, plan.expert_map, metadata_number(traces[0][1], "first_moe_layer"))
     except (ValueError, AlgorithmError) as error:
         raise BadInput(f"plan: {error}") from error
     return Outcome(plan, before, seconds, request.output)
+
+
+def _save(request: Request, expert_map: ExpertMap, first_moe_layer: int) -> None:
+    """Write the map in the format that the output's suffix names, its layers numbered as the load's."""
+    format = MAP_FORMAT_OF_SUFFIX.get(request.output.suffix.lower())
+    if format is None:
+        expert_map.save(request.output)  # which says what suffixes there are
+    else:
+        write_map(request.output, expert_map, format, first_moe_layer)
 
 
 def _initial(plan: Plan) -> ExpertMap:
@@ -153,9 +165,8 @@ def _current(request: Request, num_experts: int) -> tuple[ExpertMap | None, Topo
     return ExpertMap.load(request.current, num_logical_experts=num_experts, topology=topology), topology
 
 
-def _windows(request: Request) -> NDArray[np.float64]:
+def _windows(request: Request, traces: Sequence[tuple[Path, LoadTrace]]) -> NDArray[np.float64]:
     """[windows, layers, logical], tokens: the steps of all traces in order, each trace by itself."""
-    traces = [(path, read_trace(path)) for path in request.traces]
     chosen = [_steps(trace, request.phase) for _, trace in traces]
     first_path, first = traces[0]
     for (path, trace), steps in zip(traces, chosen, strict=True):

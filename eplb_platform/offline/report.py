@@ -106,7 +106,7 @@ def make_report(
         if shape != trace.expert_load.shape[1:]:
             expected = list(trace.expert_load.shape[1:])
             raise ValueError(f"{name} has [layers, experts] {list(shape)}, the load has {expected}")
-    first = number(trace, "first_iteration")
+    first = metadata_number(trace, "first_iteration")
     start, stop = _bounds(trace, first, iterations)
     counted = _Counted(trace, stop - start, num_windows)
     tallies = [_Tally(expert_map, stop - start, num_bins) for expert_map in layouts.values()]
@@ -119,7 +119,7 @@ def make_report(
         raise ValueError(f"no token in iterations {first + start} to {first + stop - 1}")
     drift, chance = _drift(counted.windows)
     return Report(
-        first_layer=number(trace, "first_moe_layer"),
+        first_layer=metadata_number(trace, "first_moe_layer"),
         first_iteration=first + start,
         num_steps=counted.num_steps,
         num_idle_steps=stop - start - counted.num_steps,
@@ -135,7 +135,7 @@ def make_report(
     )
 
 
-def number(trace: LoadTrace, key: str) -> int:
+def metadata_number(trace: LoadTrace, key: str) -> int:
     """The number that the trace's metadata have under `key`; 0 where they have none."""
     text = trace.metadata.get(key, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0

@@ -84,6 +84,9 @@ def test_a_dump_becomes_a_vllm_ascend_map(tmp_path: Path, capsys: pytest.Capture
     output = tmp_path / "map.json"
     done(capsys, "plan", dump, "--ep-size", 2, "--num-slots", 6, "-o", output)
     assert "2 layers, 4 experts" in done(capsys, "validate", output, "--layers", 2, "--experts", 4)
+    done(capsys, "plan", dump, "--ep-size", 2, "--num-slots", 6, "-o", tmp_path / "map.yaml")
+    planned = yaml.safe_load((tmp_path / "map.yaml").read_text())
+    assert list(planned["initial_global_assignments"]) == [3, 4]
 
 
 def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
