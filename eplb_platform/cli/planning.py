@@ -22,7 +22,7 @@ from eplb_platform.heat import Phase
 from eplb_platform.offline.report import metadata_number
 from eplb_platform.records import compute_cost
 from eplb_platform.records.formats import read_trace
-from eplb_platform.records.load_trace import LoadTrace
+from eplb_platform.records.load_trace import LoadTrace, release_pages
 from eplb_platform.topology import Topology
 
 # Steps that are summed at once: bounds the memory that a long trace takes.
@@ -196,6 +196,7 @@ def _sum(trace: LoadTrace, steps: NDArray[np.intp]) -> NDArray[np.float64]:
     total = np.zeros(trace.expert_load.shape[1:])
     for start in range(0, steps.size, _STEPS_AT_ONCE):
         total += trace.expert_load[steps[start : start + _STEPS_AT_ONCE]].sum(axis=0, dtype=np.float64)
+        release_pages(trace.expert_load)
     return total
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eplb_platform.balance import mean_over_max
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.records.load_trace import LoadTrace
+from eplb_platform.records.load_trace import LoadTrace, release_pages
 
 PHASES = ("prefill", "decode", "mixed")
 _Floats = NDArray[np.float64]
@@ -238,7 +238,9 @@ def _chunks(trace: LoadTrace, start: int, stop: int) -> Iterator[tuple[int, _Flo
     steps = max(1, _CHUNK_ENTRIES // (layers * experts))
     for at in range(start, stop, steps):
         chunk = trace.expert_load[at : min(at + steps, stop)]
-        yield at - start, np.ascontiguousarray(chunk.transpose(1, 0, 2), dtype=np.float64)
+        load = np.ascontiguousarray(chunk.transpose(1, 0, 2), dtype=np.float64)
+        release_pages(trace.expert_load)
+        yield at - start, load
 
 
 def _parts(num_steps: int, num_parts: int) -> NDArray[np.int64]:

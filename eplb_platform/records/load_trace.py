@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,18 @@ def write(path: _Path, trace: LoadTrace) -> None:
         write_atomically(path, write_to)
     except OSError as error:
         raise RecordError(path, Fault("", describe(error))) from error
+
+
+def release_pages(load: NDArray[np.integer]) -> None:
+    """Give back the memory of a mapped load, which is read from its file again when it is used again.
+
+    For those who go through a load from beginning to end: what they have read stays in memory otherwise.
+    """
+    base: object = load
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class LoadTraceWriter:
@@ -398,3 +411,4 @@ def _chunks(load: _Load) -> Iterator[tuple[int, _Load]]:
     steps = max(1, _CHUNK_BYTES // max(1, load[:1].nbytes))
     for start in range(0, load.shape[0], steps):
         yield start, load[start : start + steps]
+        release_pages(load)

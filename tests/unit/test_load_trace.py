@@ -358,3 +358,26 @@ def test_published_traces_are_read() -> None:
         trace = load_trace.read(file)
         assert (trace.num_layers, trace.num_logical_experts) == (58, 256)
         assert trace.metadata["num_experts_per_token"] == "8"
+
+
+def test_pages_of_a_mapped_load_are_given_back(tmp_path: Path) -> None:
+    load = np.random.default_rng(0).integers(0, 9, (256, 64, 64)).astype(np.int32)
+    load_trace.write(tmp_path / "t.safetensors", LoadTrace(load, np.zeros(256, dtype=np.uint8)))
+    trace = load_trace.read(tmp_path / "t.safetensors")
+
+    total = trace.expert_load.sum()
+    before = _resident(Path("/proc/self/smaps").read_text())
+    load_trace.release_pages(trace.expert_load)
+    assert before >= load.nbytes // 1024 and _resident(Path("/proc/self/smaps").read_text()) < before // 4
+    assert trace.expert_load.sum() == total
+
+
+def _resident(smaps: str) -> int:
+    """Kilobytes in memory of the mappings of the trace."""
+    resident, mine = 0, False
+    for line in smaps.splitlines():
+        if "-" in line.split(" ")[0]:
+            mine = line.endswith("t.safetensors")
+        elif mine and line.startswith("Rss:"):
+            resident += int(line.split()[1])
+    return resident
