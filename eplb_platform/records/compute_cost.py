@@ -7,13 +7,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from eplb_platform.records import strict_json
+from eplb_platform.records.atomic import write_atomically
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
 
 TENSOR = "compute_cost"
@@ -30,6 +33,41 @@ def read(path: str | os.PathLike[str]) -> NDArray[np.float64]:
         cost = _from_json(path) if suffix == ".json" else _from_array(path, suffix)
     except OSError as error:
         raise RecordError(path, Fault("", describe(error))) from error
+    _check(path, cost)
+    return cost
+
+
+def write(path: str | os.PathLike[str], cost: ArrayLike) -> None:
+    """Write the cost, [layers, logical] with NaN where there is none, to `path`, atomically.
+
+    Folders that are missing are made. Raises RecordError for another suffix, for what `read` would refuse,
+    and when the file cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise RecordError(path, Fault("", f"suffix {suffix!r}, expected one of {', '.join(SUFFIXES)}"))
+    array = np.ascontiguousarray(cost, dtype=np.float64)
+    _check(path, array)
+    try:
+        write_atomically(path, _content(array, suffix))
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
+
+
+def _content(cost: NDArray[np.float64], suffix: str) -> bytes:
+    if suffix == ".json":
+        rows = [[None if np.isnan(value) else value for value in row] for row in cost.tolist()]
+        return f"{json.dumps(rows)}\n".encode()
+    if suffix == ".npy":
+        file = io.BytesIO()
+        np.save(file, cost, allow_pickle=False)
+        return file.getvalue()
+    from safetensors.numpy import save
+
+    return bytes(save({TENSOR: cost}))
+
+
+def _check(path: str | os.PathLike[str], cost: NDArray[np.float64]) -> None:
     if cost.ndim != 2 or 0 in cost.shape:
         raise RecordError(path, Fault("", f"shape {list(cost.shape)}, expected [layers, experts]"))
     wrong = np.argwhere(np.isinf(cost) | (cost < 0))
@@ -38,7 +76,6 @@ def read(path: str | os.PathLike[str]) -> NDArray[np.float64]:
         raise RecordError(
             path, Fault(f"[{layer}][{expert}]", f"{cost[layer, expert]}, expected a time of at least 0")
         )
-    return cost
 
 
 def _from_json(path: str | os.PathLike[str]) -> NDArray[np.float64]:
