@@ -164,6 +164,10 @@ class ExpertMap:
         table[layers, experts, replica] = slots
         return _read_only(table)
 
+    def derive_tables(self) -> None:
+        """Compute `replica_count` and `logical_to_physical` now; they are kept, and found there later."""
+        _ = self.logical_to_physical
+
     def by_rank(self) -> _Int32:
         """[layers, ranks, slots], the experts of each rank: a view of `physical_to_logical`."""
         return self._physical_to_logical.reshape(self.num_layers, self._topology.num_ranks, -1)

@@ -326,6 +326,7 @@ class Cycle:
             await self._places.agree(f"{place}/ready")
             with self._inside_group():
                 await self._link.group.fetch(chunk)
+            chunk.map_after.derive_tables()  # here, so that the forward thread finds them at the commit
         with self._timed(Stage.AGREE):
             await self._places.agree(f"{place}/staged", timeout_s=self._timeout_s)
             boundary = await self._agree_on_boundary(f"{place}/commit")

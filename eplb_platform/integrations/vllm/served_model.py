@@ -94,8 +94,8 @@ class VllmModel:
         """
         chosen = list(layers)
         width = max(self._columns_in_use, logical_to_physical.shape[-1])
-        missing = width - logical_to_physical.shape[-1]
-        table = np.pad(logical_to_physical, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
+        table = np.full((*count.shape, width), -1, dtype=np.int32)
+        table[..., : logical_to_physical.shape[-1]] = logical_to_physical
         self._write(self._state.physical_to_logical_map, chosen, expert_map.physical_to_logical[chosen])
         self._write(self._state.logical_to_physical_map[:, :, :width], chosen, table)
         self._write(self._state.logical_replica_count, chosen, count)
@@ -105,8 +105,9 @@ class VllmModel:
     @staticmethod
     def _write(table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
         """In place: captured graphs keep reading the table at its address."""
-        source = torch.from_numpy(rows.astype(np.int64)).to(table.dtype)
-        if table.device.type != "cpu":
-            source = source.pin_memory().to(table.device, non_blocking=True)
+        if table.device.type == "cpu":
+            table.numpy()[layers] = rows
+            return
+        source = torch.from_numpy(rows).to(table.dtype).pin_memory().to(table.device, non_blocking=True)
         for index, layer in enumerate(layers):
             table[layer].copy_(source[index])
