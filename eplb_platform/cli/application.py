@@ -25,6 +25,9 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON value on standard output, for machines.")
 ]
 
+IterRange = Annotated[
+    str | None, typer.Option(metavar="A-B", help="Iterations from A up to B, without B.", show_default="all")
+]
 FormatOption = Annotated[
     str | None,
     typer.Option(
@@ -135,6 +138,7 @@ def plan(
     windows: Annotated[
         int, typer.Option(min=1, help="Windows that the steps are summed into, in order.")
     ] = 16,
+    iter_range: IterRange = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan an expert map from load traces.
@@ -158,6 +162,7 @@ def plan(
             phase=phase,
             num_windows=windows,
             compute_cost=compute_cost,
+            iter_range=iter_range,
         )
     )
     if as_json:
@@ -177,10 +182,7 @@ def report(
             help="The number of ranks: of maps that do not say it, and of the run if its record does not.",
         ),
     ] = None,
-    iter_range: Annotated[
-        str | None,
-        typer.Option(metavar="A-B", help="Iterations from A up to B, without B.", show_default="all"),
-    ] = None,
+    iter_range: IterRange = None,
     map_: Annotated[
         list[Path] | None,
         typer.Option("--map", metavar="MAP", help="Project the load under this map; repeatable."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from eplb_platform.cli import BadInput
@@ -96,6 +97,16 @@ def write_map(path: Path, expert_map: ExpertMap, format: str, first_moe_layer: i
         vllm_map.write(path, expert_map)
     else:
         expert_map_json.write(path, expert_map)
+
+
+def iterations(text: str | None) -> range | None:
+    """A-B: from iteration A up to B, without B, as in EXPERT_STATISTIC_ITER_RANGE. Raises BadInput."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,12})-(\d{1,12})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise BadInput(f"--iter-range {text}: expected A-B, from A up to but without a larger B")
+    return range(int(match[1]), int(match[2]))
 
 
 def read_trace(path: Path, format: str | None = None) -> LoadTrace:

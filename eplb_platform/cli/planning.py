@@ -16,7 +16,7 @@ from eplb_platform.algorithms import DEFAULT_ALGORITHM, AlgorithmError, Plan, re
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
 from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput
-from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, write_map
+from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, iterations, write_map
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.offline.report import metadata_number
@@ -46,6 +46,7 @@ class Request:
     phase: str = "all"
     num_windows: int = 16
     compute_cost: Path | None = None
+    iter_range: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +168,7 @@ def _current(request: Request, num_experts: int) -> tuple[ExpertMap | None, Topo
 
 def _windows(request: Request, traces: Sequence[tuple[Path, LoadTrace]]) -> NDArray[np.float64]:
     """[windows, layers, logical], tokens: the steps of all traces in order, each trace by itself."""
-    chosen = [_steps(trace, request.phase) for _, trace in traces]
+    chosen = [_steps(trace, request.phase, iterations(request.iter_range)) for _, trace in traces]
     first_path, first = traces[0]
     for (path, trace), steps in zip(traces, chosen, strict=True):
         if trace.expert_load.shape[1:] != first.expert_load.shape[1:]:
@@ -176,7 +177,8 @@ def _windows(request: Request, traces: Sequence[tuple[Path, LoadTrace]]) -> NDAr
                 f"{first_path} {list(first.expert_load.shape[1:])}: one model's traces are expected"
             )
         if not steps.size:
-            raise BadInput(f"plan: {path} has no steps of phase {request.phase!r}")
+            asked = "" if request.iter_range is None else f" in iterations {request.iter_range}"
+            raise BadInput(f"plan: {path} has no steps of phase {request.phase!r}{asked}")
     total = sum(steps.size for steps in chosen)
     windows: list[NDArray[np.float64]] = []
     for (_, trace), steps in zip(traces, chosen, strict=True):
@@ -185,11 +187,15 @@ def _windows(request: Request, traces: Sequence[tuple[Path, LoadTrace]]) -> NDAr
     return np.stack(windows)
 
 
-def _steps(trace: LoadTrace, phase: str) -> NDArray[np.intp]:
+def _steps(trace: LoadTrace, phase: str, wanted: range | None) -> NDArray[np.intp]:
     """The steps that count; mixed ones hold tokens of both phases and always do."""
-    if phase == "all":
-        return np.arange(trace.num_steps)
-    return np.flatnonzero((trace.phase == Phase[phase.upper()]) | (trace.phase == Phase.MIXED))
+    counts = np.ones(trace.num_steps, dtype=np.bool_)
+    if phase != "all":
+        counts = (trace.phase == Phase[phase.upper()]) | (trace.phase == Phase.MIXED)
+    if wanted is not None:
+        number = metadata_number(trace, "first_iteration") + np.arange(trace.num_steps)
+        counts = counts & (number >= wanted.start) & (number < wanted.stop)
+    return np.flatnonzero(counts)
 
 
 def _sum(trace: LoadTrace, steps: NDArray[np.intp]) -> NDArray[np.float64]:

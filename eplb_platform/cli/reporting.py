@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.cli import BadInput
-from eplb_platform.cli.files import read_map, read_trace
+from eplb_platform.cli.files import iterations, read_map, read_trace
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.offline.report import LayoutReport, RankStatistics, Report, make_report, metadata_number
 from eplb_platform.offline.report_page import page
@@ -125,7 +124,7 @@ def make(request: Request) -> Outcome:
     try:
         trace = read_trace(request.trace)
         layouts = _layouts(request, trace)
-        report = make_report(trace, layouts, iterations=_iterations(request.iter_range))
+        report = make_report(trace, layouts, iterations=iterations(request.iter_range))
         if request.html is not None:
             content = page(report, f"Expert load of {request.trace.name}")
             write_atomically(request.html, content.encode())
@@ -188,16 +187,6 @@ def _initial(request: Request, trace: LoadTrace, planned: ExpertMap | None) -> E
     if planned is not None:
         return None
     raise BadInput(f"report: {experts} experts cannot be shared evenly by --ep-size {ranks}: give a --map")
-
-
-def _iterations(text: str | None) -> range | None:
-    """A-B: from iteration A up to B, without B, as in EXPERT_STATISTIC_ITER_RANGE."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,12})-(\d{1,12})", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise BadInput(f"report: --iter-range {text}: expected A-B, from A up to but without a larger B")
-    return range(int(match[1]), int(match[2]))
 
 
 def _statistics_table(each: RankStatistics, first_layer: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from eplb_platform.algorithms import rebalance_experts
 from eplb_platform.balance import rank_load
 from eplb_platform.cli import run
 from eplb_platform.expert_map import ExpertMap
@@ -94,6 +95,26 @@ def test_iterations_are_those_of_the_engine(tmp_path: Path, capsys: pytest.Captu
     assert "the load has 100-140" in refused(capsys, folder, "--iter-range", "140-150")
     for wrong in ("5", "9-3", "a-b", "3-3"):
         assert "expected A-B" in refused(capsys, folder, "--iter-range", wrong)
+
+
+def test_a_plan_is_judged_on_iterations_that_it_has_not_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = statistics(tmp_path / "statistics", LOAD, ep_size=RANKS)
+    options = ["--ep-size", "4", "--num-slots", "12", "--algorithm", "deepseek", "--iter-range", "100-120"]
+    assert run(["plan", str(folder), *options, "-o", str(tmp_path / "map.yaml")]) == 0
+    expected = rebalance_experts(
+        LOAD[:20].astype(float), num_physical_experts=12, topology=Topology(4), algorithm="deepseek"
+    )
+    planned = ExpertMap.load(tmp_path / "map.yaml", topology=Topology(4))
+    assert planned == expected.expert_map
+    capsys.readouterr()
+    arguments = [folder, "--map", tmp_path / "map.yaml", "--ep-size", 4, "--iter-range", "120-140"]
+    average = reported(capsys, *arguments)["layouts"][1]["average"]
+    ratios = expected_statistics(rank_load(planned, LOAD[20:]))["imbalance_ratio"]
+    assert average["imbalance_ratio"] == pytest.approx(np.mean(ratios))
+    assert run(["plan", str(folder), *options[:-1], "1-5", "-o", str(tmp_path / "map.yaml")]) == 2
+    assert "no steps of phase 'all' in iterations 1-5" in capsys.readouterr().err
 
 
 def test_phases_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
