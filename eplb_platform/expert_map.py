@@ -26,7 +26,14 @@ _MODULE_OF_FORMAT = {
     "sglang": "eplb_platform.records.sglang_location",
     "vllm": "eplb_platform.records.vllm_map",
 }
-FORMAT_OF_SUFFIX = {".json": "json", ".yaml": "tensorrt_llm", ".yml": "tensorrt_llm", ".pt": "sglang"}
+# What can be served by: files of the other formats do not say for how many ranks they are.
+FORMAT_OF_SUFFIX = {".json": "json"}
+_FORMAT_OF_SUFFIX = {
+    **FORMAT_OF_SUFFIX,
+    ".yaml": "tensorrt_llm",
+    ".yml": "tensorrt_llm",
+    ".pt": "sglang",
+}
 
 
 class ExpertMap:
@@ -285,9 +292,9 @@ class _RecordFormat(Protocol):
 def _record_format(path: str | os.PathLike[str], name: str | None) -> _RecordFormat:
     """The module that reads and writes format `name`, by default the one that the suffix of `path` names."""
     if name is None:
-        name = FORMAT_OF_SUFFIX.get(Path(path).suffix.lower())
+        name = _FORMAT_OF_SUFFIX.get(Path(path).suffix.lower())
     if name is None:
-        known = ", ".join(FORMAT_OF_SUFFIX)
+        known = ", ".join(_FORMAT_OF_SUFFIX)
         raise ValueError(
             f"{os.fspath(path)}: the suffix names no format, expected one of {known}, or format="
         )
