@@ -109,3 +109,9 @@ def test_whatever_the_layer_calls_an_experts_moves_together(state: Any) -> None:
 
 def test_the_first_moe_layer_is_the_models_own_number(state: Any) -> None:
     assert served(state).first_moe_layer == 1
+
+
+def test_a_router_without_tables_is_noticed(state: Any) -> None:
+    assert served(state).can_be_routed
+    state.model.moe_layers[1].eplb_state = None
+    assert not served(state).can_be_routed

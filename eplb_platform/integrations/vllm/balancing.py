@@ -60,6 +60,9 @@ class EngineBalancing:
         """
         group, config = self._group, self.config if is_main else _of_draft(self.config)
         model = VllmModel(state, group.topology, num_experts_per_token=self._experts_per_token())
+        if not model.can_be_routed:
+            self._leave_alone(model, is_main=is_main)
+            return
         backend = load_backend(config.backend, device_type=state.expert_load_pass.device.type)
         name = f"model-{len(self._models)}"
         if is_main:
@@ -88,6 +91,13 @@ class EngineBalancing:
                 model.expert_map.num_physical_experts, group.topology.num_ranks,
                 config.mode, config.algorithm,
             )  # fmt: skip
+
+    def _leave_alone(self, model: VllmModel, *, is_main: bool) -> None:
+        why = f"{model.model_name}: vLLM built its routers without EPLB tables"
+        if is_main:
+            raise NothingToBalance(f"eplb_config: {why}: leave eplb_config out")
+        if self._group.rank == 0:
+            logger.warning("%s; its experts stay where they are", why)
 
     def end_of_loading(self) -> None:
         """All models are loaded; a stage without experts says so to those that wait for its count.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MODULE = "vllm.distributed.eplb.eplb_state"
 _REPLACED = {
     "__init__": ("parallel_config", "device"),
+    "validate_ep_configuration": ("new_model",),
     "add_model": ("model", "model_config", "model_name"),
     "step": ("is_dummy", "is_profile", "log_stats"),
     "rearrange": (),
@@ -73,6 +74,12 @@ def _replacement(name: str, original: Any) -> Any:
 def _init(original: Any, state: Any, parallel_config: Any, device: Any) -> None:
     original(state, parallel_config, device)
     state._eplb_platform = _driver.get()
+
+
+def _validate_ep_configuration(original: Any, state: Any, new_model: Any) -> None:
+    """vLLM's own plans all models of an engine at once and wants them alike; ours plans each by itself."""
+    if balancing_of(state) is None:
+        original(state, new_model)
 
 
 def _add_model(original: Any, state: Any, model: Any, model_config: Any, model_name: Any = None) -> None:

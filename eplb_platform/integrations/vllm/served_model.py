@@ -38,6 +38,11 @@ class VllmModel:
         self._columns_in_use = int(self._expert_map.replica_count.max())
 
     @property
+    def can_be_routed(self) -> bool:
+        """Whether every layer's router reads the tables; vLLM builds some draft models without."""
+        return all(getattr(layer, "eplb_state", True) is not None for layer in self._state.model.moe_layers)
+
+    @property
     def num_expert_groups(self) -> int:
         """DeepSeek's groups for group-limited routing; 1 for models without."""
         return max(int(self._state.model.num_expert_groups or 1), 1)
