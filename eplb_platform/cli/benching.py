@@ -125,6 +125,8 @@ def bench(request: Request, progress: Callable[[str, int, int], None]) -> Outcom
     try:
         cases = _cases(request)
         rivals = contenders(request.algorithms or None)
+    except BadInput:
+        raise
     except (ValueError, AlgorithmError) as error:
         raise BadInput(f"bench: {error}") from error
     reports: list[Report] = []
