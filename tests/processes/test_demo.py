@@ -62,12 +62,22 @@ def test_static_phase_serves_the_map_that_is_given(tmp_path: Path) -> None:
     assert done.returncode == (0 if better else 1)
 
 
+def _obey_control_c() -> None:
+    """Tests that run in a shell's background have been told to ignore it, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo in the middle of its first phase, which would take far longer than the test."""
     command = [EPLB, "demo", "--ranks", "3", "--steps", "100000"]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_obey_control_c,
     ) as demo:
         wait_until(lambda: len(ranks_of(demo.pid)) == 3 and all(map(threads, ranks_of(demo.pid))))
         try:
