@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from eplb_platform.records.fault import Fault, RecordError, describe
+
 
 def write_atomically(
     path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None], *, durable: bool = True
@@ -46,6 +48,14 @@ def write_atomically(
         raise
     if durable:
         _sync_folder(target.parent)
+
+
+def write_record(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], None]) -> None:
+    """As `write_atomically`; raises RecordError, with the path and the system's reason, where it cannot."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise RecordError(path, Fault("", describe(error))) from error
 
 
 def _sync_folder(folder: Path) -> None:

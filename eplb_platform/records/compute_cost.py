@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from eplb_platform.records import strict_json
-from eplb_platform.records.atomic import write_atomically
+from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
 
 TENSOR = "compute_cost"
@@ -48,10 +48,7 @@ def write(path: str | os.PathLike[str], cost: ArrayLike) -> None:
         raise RecordError(path, Fault("", f"suffix {suffix!r}, expected one of {', '.join(SUFFIXES)}"))
     array = np.ascontiguousarray(cost, dtype=np.float64)
     _check(path, array)
-    try:
-        write_atomically(path, _content(array, suffix))
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, _content(array, suffix))
 
 
 def _content(cost: NDArray[np.float64], suffix: str) -> bytes:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import strict_json
-from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe, shown
+from eplb_platform.records.atomic import write_record
+from eplb_platform.records.fault import Fault, Faults, RecordError, shown
 from eplb_platform.topology import Topology
 
 MAX_FAULTS = 100
@@ -59,10 +59,7 @@ def write(path: str | os.PathLike[str], expert_map: ExpertMap) -> None:
     """Write the map to `path`, atomically; folders that are missing are made. Raises RecordError."""
     layers = ",\n".join(_layer_text(i, ranks) for i, ranks in enumerate(expert_map.by_rank().tolist()))
     text = f'{{"moe_layer_count": {expert_map.num_layers}, "layer_list": [\n{layers}\n]}}\n'
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, text.encode())
 
 
 def faults(

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from eplb_platform.records import strict_json
-from eplb_platform.records.atomic import write_atomically
+from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
 
 FORMAT_VERSION = "1"
@@ -103,10 +103,7 @@ def write(path: _Path, trace: LoadTrace) -> None:
             file.write(chunk.astype(_DTYPE_OF_NAME[name]).tobytes())
         file.write(trace.phase.astype(np.uint8).tobytes())
 
-    try:
-        write_atomically(path, write_to)
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, write_to)
 
 
 def release_pages(load: NDArray[np.integer]) -> None:
@@ -270,10 +267,7 @@ class LoadTraceWriter:
     def _publish(self) -> None:
         with self._appending:
             phases = bytes(self._phases)
-        try:
-            write_atomically(self.path, lambda file: self._write_trace(file, phases))
-        except OSError as error:
-            raise RecordError(self.path, Fault("", describe(error))) from error
+        write_record(self.path, lambda file: self._write_trace(file, phases))
         self._published_steps = len(phases)
 
     def _write_trace(self, file: BinaryIO, phases: bytes) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import physical_table, strict_json, torch_file
-from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe, shown
+from eplb_platform.records.atomic import write_record
+from eplb_platform.records.fault import Fault, Faults, RecordError, shown
 from eplb_platform.topology import Topology
 
 KEY = "physical_to_logical_map"
@@ -62,10 +62,7 @@ def write(path: str | os.PathLike[str], expert_map: ExpertMap, *, first_moe_laye
 
         torch_file.write(path, {KEY: torch.tensor(rows)})
         return
-    try:
-        write_atomically(path, f"{json.dumps({KEY: rows})}\n".encode())
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, f"{json.dumps({KEY: rows})}\n".encode())
 
 
 def faults(

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.records import spool, strict_json, torch_file
-from eplb_platform.records.atomic import write_atomically
+from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, RecordError, describe, shown
 from eplb_platform.records.load_trace import NUM_PHASES, LoadTrace
 
@@ -89,10 +89,7 @@ def write(path: str | os.PathLike[str], trace: LoadTrace) -> None:
             file.write(json.dumps(empty + trace.expert_load[step].tolist()).encode())
         file.write(f"], {json.dumps(rest)[1:]}\n".encode())
 
-    try:
-        write_atomically(path, write_to)
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, write_to)
 
 
 def _files(path: Path) -> list[Path]:

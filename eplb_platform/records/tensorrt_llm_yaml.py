@@ -16,8 +16,8 @@ import os
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import physical_table, strict_yaml
-from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe, shown
+from eplb_platform.records.atomic import write_record
+from eplb_platform.records.fault import Fault, Faults, shown
 from eplb_platform.topology import Topology
 
 MAX_FAULTS = 100
@@ -59,10 +59,7 @@ def write(path: str | os.PathLike[str], expert_map: ExpertMap, *, first_moe_laye
     text = "\n".join(
         [f"{_ASSIGNMENTS}:", *lines, f"num_slots: {expert_map.num_physical_experts}", f"{_UPDATES}: 0", ""]
     )
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, text.encode())
 
 
 def faults(

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from eplb_platform.records.atomic import write_atomically
+from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
 
 _MAX_PICKLE_BYTES = 1 << 28
@@ -39,10 +39,7 @@ def write(path: str | os.PathLike[str], content: dict[str, object]) -> None:
     def write_to(file: BinaryIO) -> None:
         torch.save(content, file)
 
-    try:
-        write_atomically(path, write_to)
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, write_to)
 
 
 def _check_zip(path: str | os.PathLike[str]) -> None:

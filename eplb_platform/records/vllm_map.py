@@ -13,8 +13,8 @@ import os
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import physical_table, strict_json
-from eplb_platform.records.atomic import write_atomically
-from eplb_platform.records.fault import Fault, Faults, RecordError, describe, shown
+from eplb_platform.records.atomic import write_record
+from eplb_platform.records.fault import Fault, Faults, shown
 from eplb_platform.topology import Topology
 
 MAX_FAULTS = 100
@@ -46,10 +46,7 @@ def write(path: str | os.PathLike[str], expert_map: ExpertMap) -> None:
     Raises RecordError when the file cannot be written, and for a map with inactive ranks.
     """
     rows = ",\n".join(map(str, physical_table.rows_of(path, expert_map)))
-    try:
-        write_atomically(path, f"[\n{rows}\n]\n".encode())
-    except OSError as error:
-        raise RecordError(path, Fault("", describe(error))) from error
+    write_record(path, f"[\n{rows}\n]\n".encode())
 
 
 def faults(

@@ -16,7 +16,7 @@ import pytest
 
 from eplb_platform import ExpertMap, Topology
 from eplb_platform.config import ConfigError
-from eplb_platform.integrations.vllm import configuration
+from eplb_platform.integrations.vllm import configuration, deployed_map
 from eplb_platform.integrations.vllm.device_platform import DevicePlatform
 from eplb_platform.integrations.vllm.model_layers import moe_layers
 
@@ -326,19 +326,19 @@ def test_map_when_vllm_changed_the_ranks(map_file: str) -> None:
 def test_part_of_map() -> None:
     table = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 1, 0]])
     whole = ExpertMap(table, 4, Topology(2))
-    part = configuration.part_of_map(whole, first_layer=1, num_layers=2, total_layers=3)
+    part = deployed_map.part_of_map(whole, first_layer=1, num_layers=2, total_layers=3)
     assert part == ExpertMap(table[1:], 4, Topology(2))
-    assert configuration.part_of_map(whole, first_layer=0, num_layers=3, total_layers=3) == whole
+    assert deployed_map.part_of_map(whole, first_layer=0, num_layers=3, total_layers=3) == whole
     with pytest.raises(ConfigError, match="a map of 3 layers, but the model has 5 MoE layers"):
-        configuration.part_of_map(whole, first_layer=0, num_layers=3, total_layers=5)
+        deployed_map.part_of_map(whole, first_layer=0, num_layers=3, total_layers=5)
     with pytest.raises(ValueError, match="layers 2 to 3 in a model of 3"):
-        configuration.part_of_map(whole, first_layer=2, num_layers=2, total_layers=3)
+        deployed_map.part_of_map(whole, first_layer=2, num_layers=2, total_layers=3)
 
 
 def test_part_fits_the_stage() -> None:
     topology = Topology(2)
     whole = ExpertMap.round_robin(3, 8, topology, 2)
-    configuration.check_fits(whole, ExpertMap.initial(3, 8, topology, 2), "map.json")
+    deployed_map.check_fits(whole, ExpertMap.initial(3, 8, topology, 2), "map.json")
     for other, words in (
         (ExpertMap.initial(2, 8, topology, 2), "3 layers, but the model has 2"),
         (ExpertMap.initial(3, 6, topology, 4), "8 logical experts, but the model has 6"),
@@ -346,7 +346,7 @@ def test_part_fits_the_stage() -> None:
         (ExpertMap.initial(3, 8, Topology(5), 2), "EP size of this engine is 5"),
     ):
         with pytest.raises(ConfigError, match=words):
-            configuration.check_fits(whole, other, "map.json")
+            deployed_map.check_fits(whole, other, "map.json")
 
 
 # --- the MoE layers of model families ---

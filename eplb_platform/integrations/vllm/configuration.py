@@ -19,8 +19,6 @@ from eplb_platform.config import SECTION, ConfigError, EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.vllm import deployed_map, launch_checks, output_files
 from eplb_platform.integrations.vllm.compatibility import expect
-from eplb_platform.integrations.vllm.deployed_map import check_fits as check_fits
-from eplb_platform.integrations.vllm.deployed_map import part_of_map as part_of_map
 from eplb_platform.integrations.vllm.device_platform import DevicePlatform
 from eplb_platform.integrations.vllm.model_layers import moe_layers
 
