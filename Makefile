@@ -61,7 +61,7 @@ processes: $(PROJECT)
 # vLLM pins other versions of what we use, hence an environment of its own, with its own compiled kernels.
 # Says why where it cannot be had.
 vllm-tests serve: export NUMBA_CACHE_DIR := $(CURDIR)/$(VLLM)/numba-cache
-vllm: $(BIN)/python
+vllm: $(PROJECT)
 	$(BIN)/python ci/vllm_environment.py --environment $(VLLM)
 
 vllm-tests: vllm
@@ -79,7 +79,10 @@ serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi
 	PYTHON=$(VLLM)/bin/python examples/vllm/serve.sh $(SERVE_OPTIONS)
 
-test: check kernels wheel processes ascend-tests vllm-tests
+# The environments are fetched while the quick part runs.
+test:
+	$(MAKE) --jobs=2 vllm check ascend
+	$(MAKE) kernels wheel processes ascend-tests vllm-tests
 
 bench: $(PROJECT)
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
