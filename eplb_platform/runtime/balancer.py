@@ -26,8 +26,7 @@ from eplb_platform.runtime.cycle import (
 )
 from eplb_platform.runtime.gate import ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings
-from eplb_platform.runtime.ports import Planner, Recorder, Tracer, run_blocking
-from eplb_platform.runtime.production import BackgroundThread
+from eplb_platform.runtime.ports import Background, Planner, Recorder, Tracer, run_blocking
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.stats import BalancerStats
 from eplb_platform.runtime.step_loads import StepLoads
@@ -71,7 +70,9 @@ class Balancer:
     """Watches one model's expert load and re-places its experts while it serves.
 
     Every rank of the expert-parallel group has one and calls `step` once after every forward pass, dummy
-    passes included, so that all ranks count the same passes. Built by `start_balancer`.
+    passes included, so that all ranks count the same passes. Built by `start_balancer`. `step`, `invalidate`,
+    `drain` and `close` block the forward thread while they wait; `stepping` and so on are the same as
+    coroutines, for a simulation whose ports suspend.
 
     expert_map: what the weights follow now
     tables: what `model` routes by now, a `WeightedModel`; None where replicas always share evenly
@@ -95,7 +96,7 @@ class Balancer:
         recorder: Recorder | None,
         step_loads: StepLoads | None,
         tracer: Tracer | None,
-        background: BackgroundThread,
+        background: Background,
         on_stage: Callable[[Stage], None] | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
@@ -147,6 +148,17 @@ class Balancer:
             the map in force.
         Raises `ForwardStopped` when this rank cannot learn whether to commit: it must then not serve on.
         """
+        run_blocking(self.stepping(physical_load, phase=phase, is_dummy=is_dummy, counted_by=counted_by))
+
+    async def stepping(
+        self,
+        physical_load: NDArray[np.int64] | None = None,
+        *,
+        phase: Phase = Phase.MIXED,
+        is_dummy: bool = False,
+        counted_by: ExpertMap | None = None,
+    ) -> None:
+        """As `step`."""
         started = self._step_started = self._link.clock.now()
         self.stats.steps += 1
         self.stats.dummy_steps += is_dummy
@@ -154,7 +166,7 @@ class Balancer:
         self._heat.record(physical_load, sent_by, phase, is_dummy)
         if self._step_loads is not None:
             self._step_loads.record(physical_load, sent_by, phase=phase, is_dummy=is_dummy)
-        commit = self._pass_boundary()
+        commit = await self._pass_boundary()
         if commit is not None:
             self._execute(commit)
         if self._is_due():
@@ -194,11 +206,15 @@ class Balancer:
         the same map: nothing was changed on any rank then. Raises `ForwardStopped` when this rank must not
         serve on.
         """
+        run_blocking(self.invalidating(expert_map, timeout_s=timeout_s))
+
+    async def invalidating(self, expert_map: ExpertMap, *, timeout_s: float | None = None) -> None:
+        """As `invalidate`."""
         self._check_shape(expert_map)
-        self._meet("invalidate", expert_map.digest(), timeout_s)
+        await self._meet("invalidate", expert_map.digest(), timeout_s)
         gate = self._link.gate
         gate.drop_commits()
-        self._await_end_of_cycle("invalidate")
+        await self._await_end_of_cycle("invalidate")
         gate.reopen()
         self._map_since = self._link.clock.now()
         if self._migrator is not None:
@@ -214,16 +230,24 @@ class Balancer:
         by every rank. The next `step` may start a cycle again, unless paused. Arguments and errors as of
         `invalidate`.
         """
-        self._meet("drain", "", timeout_s)
-        self._await_end_of_cycle("drain")
+        run_blocking(self.draining(timeout_s))
+
+    async def draining(self, timeout_s: float | None = None) -> None:
+        """As `drain`."""
+        await self._meet("drain", "", timeout_s)
+        await self._await_end_of_cycle("drain")
 
     def close(self) -> None:
         """End the running cycle, stop the background thread and give back the group. Idempotent."""
+        run_blocking(self.closing())
+
+    async def closing(self) -> None:
+        """As `close`."""
         if self._is_closed:
             return
         self._is_closed = True
         self._link.gate.close()
-        if not self._background.close(self._rules.timeout_s):
+        if not await self._background.close(self._rules.timeout_s):
             logger.warning("rank %d: the background thread is still in %s", self._link.rank, self.state)
         self._close_trace()
         if self._on_close is not None:
@@ -302,12 +326,13 @@ class Balancer:
 
     # --- committing ---
 
-    def _pass_boundary(self) -> Commit | None:
-        started = self._link.clock.now()
+    async def _pass_boundary(self) -> Commit | None:
+        clock = self._link.clock
+        started = clock.now()
         try:
-            return self._link.gate.pass_boundary(ANSWER_TIMEOUTS * self._rules.timeout_s)
+            return await self._link.gate.pass_boundary(clock, ANSWER_TIMEOUTS * self._rules.timeout_s)
         finally:
-            wait = self._link.clock.now() - started
+            wait = clock.now() - started
             self.stats.wait_s += wait
             self.stats.longest_wait_s = max(self.stats.longest_wait_s, wait)
 
@@ -350,21 +375,21 @@ class Balancer:
         ):
             raise ValueError(f"{expert_map!r} cannot replace {in_force!r}: they differ in shape or topology")
 
-    def _meet(self, purpose: str, content: str, timeout_s: float | None) -> None:
+    async def _meet(self, purpose: str, content: str, timeout_s: float | None) -> None:
         """All forward threads are here when this returns, and agree on the number of the next cycle."""
         limit = self._rules.timeout_s if timeout_s is None else timeout_s
         self._wish_to_end = f"{purpose} was called"
         try:
-            self._next_cycle = self._meetings.hold(purpose, content, self._next_cycle, limit)
+            self._next_cycle = await self._meetings.hold(purpose, content, self._next_cycle, limit)
         except BaseException:
             self._wish_to_end = ""
             raise
         self._last_start = self.stats.steps
 
-    def _await_end_of_cycle(self, purpose: str) -> None:
+    async def _await_end_of_cycle(self, purpose: str) -> None:
         """Ranks learn of an agreed commit one after the other; each that does executes it at once."""
         deadline = self._link.clock.now() + ANSWER_TIMEOUTS * self._rules.timeout_s
-        while not self._background.wait_idle(LOOK_AGAIN_S):
+        while not await self._background.wait_idle(LOOK_AGAIN_S):
             commit = self._link.gate.agreed_commit()
             if commit is not None:
                 self._execute(commit)
@@ -390,11 +415,11 @@ class Balancer:
             is_ending=self._why_end,
             on_stage=self._enter,
         )
-        self._background.start(lambda: self._run(cycle))
+        self._background.start(self._run(cycle))
 
-    def _run(self, cycle: Cycle) -> None:
+    async def _run(self, cycle: Cycle) -> None:
         try:
-            self._account(run_blocking(cycle.run()))
+            self._account(await cycle.run())
         finally:
             self._stage = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 from eplb_platform.runtime.commit import Commit
+from eplb_platform.runtime.ports import Clock
 
 
 class ForwardStopped(RuntimeError):
@@ -21,10 +22,12 @@ class CommitsDropped(RuntimeError):
 
 
 class CommitGate:
-    """Shared state of the two threads, guarded by one condition (`changed`)."""
+    """Shared state of the two threads, guarded by one condition (`changed`), which the rank's `Clock` waits
+    on.
+    """
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
+    def __init__(self, changed: threading.Condition | None = None) -> None:
+        self.changed = threading.Condition() if changed is None else changed
         self._boundary = 0
         self._promise: int | None = None
         self._commit: Commit | None = None
@@ -99,7 +102,7 @@ class CommitGate:
         """Whether the next `pass_boundary` has to wait for an answer."""
         return self._is_unanswered(self._boundary + 1)
 
-    def pass_boundary(self, timeout_s: float) -> Commit | None:
+    async def pass_boundary(self, clock: Clock, timeout_s: float) -> Commit | None:
         """Count a forward pass as ended; return the commit to execute now, if one was agreed for this
         boundary.
 
@@ -108,7 +111,9 @@ class CommitGate:
         """
         with self.changed:
             self._boundary += 1
-            self.changed.wait_for(lambda: self._may_pass(self._boundary), timeout_s)
+        if not self._may_pass(self._boundary):
+            await clock.until(lambda: self._may_pass(self._boundary), timeout_s)
+        with self.changed:  # a promise that is made meanwhile lies ahead
             if self._is_unanswered(self._boundary):
                 raise ForwardStopped(self._unanswered(timeout_s)) from self._failure
             if self._commit_at is not None and self._boundary > self._commit_at:

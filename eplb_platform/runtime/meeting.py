@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, same
 from eplb_platform.runtime.gate import ForwardStopped
-from eplb_platform.runtime.ports import Clock, ControlPlane, run_blocking
+from eplb_platform.runtime.ports import Clock, ControlPlane
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ForwardMeetings:
         self._held = 0
         self._stale: Sequence[str] = ()
 
-    def hold(self, purpose: str, content: str, number: int, timeout_s: float) -> int:
+    async def hold(self, purpose: str, content: str, number: int, timeout_s: float) -> int:
         """Wait for every rank to come; returns the largest `number` that a rank brought.
 
         purpose, content: must be the same on every rank
@@ -52,13 +52,13 @@ class ForwardMeetings:
         offer = _fingerprint(purpose, content) << NUMBER_BITS | number
         try:
             try:
-                number = run_blocking(meeting.agree(place, offer, _one_content, timeout_s=timeout_s))
+                number = await meeting.agree(place, offer, _one_content, timeout_s=timeout_s)
             except CycleAborted:
                 raise
             except Exception as error:
                 logger.warning("rank %d: %s: %s; settling it", self._rank, purpose, error)
-                number = run_blocking(meeting.settle_as_failed(place, f"rank {self._rank}: {error}"))
-            run_blocking(self._plane.forget(self._stale))  # all ranks have left the meeting before
+                number = await meeting.settle_as_failed(place, f"rank {self._rank}: {error}")
+            await self._plane.forget(self._stale)  # all ranks have left the meeting before
             return number
         except CycleAborted as aborted:
             raise MeetingFailed(f"{purpose}: {aborted}; nothing was changed on any rank") from aborted

@@ -1,8 +1,9 @@
 """What the balancing cycle needs from the world around it.
 
-The cycle is written as coroutines over these ports. In production a port's coroutine blocks its thread and
-never suspends, so that `run_blocking` drives a cycle to its end in one call; a simulation hands in ports that
-suspend and so owns time, messages and the interleaving of a thousand ranks.
+The cycle, and what a forward thread waits for, are written as coroutines over these ports. In production a
+port's coroutine blocks its thread and never suspends, so that `run_blocking` drives one to its end in one
+call; a simulation hands in ports that suspend and so owns time, messages and the interleaving of a thousand
+ranks.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Clock(ABC):
         """Let `seconds` pass."""
 
     @abstractmethod
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait, without a limit, until `condition` holds; it is looked at whenever the commit gate
-        changes.
+    async def until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait until `condition` holds, which is looked at whenever the commit gate changes; whether it holds
+        after at most `timeout_s` seconds (None: without a limit).
         """
 
 
@@ -86,6 +87,31 @@ class Group(ABC):
     @abstractmethod
     def abort(self) -> None:
         """End what is pending here and on the peers."""
+
+
+class Background(ABC):
+    """What a rank does beside its forward thread: one job at a time."""
+
+    @property
+    @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether a job is waiting or running."""
+
+    @abstractmethod
+    def start(self, job: Coroutine[None, None, None]) -> None:
+        """Run a job over the ports of this rank; raises RuntimeError while another one runs or after
+        `close`.
+        """
+
+    @abstractmethod
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Whether no job is waiting or running, at the latest after `timeout_s` seconds."""
+
+    @abstractmethod
+    async def close(self, timeout_s: float) -> bool:
+        """Let the running job end and take no other; False when it did not end within `timeout_s`
+        seconds.
+        """
 
 
 class Planner(Protocol):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.migration.schedule import Chunk
-from eplb_platform.runtime.ports import Clock, Group
+from eplb_platform.runtime.ports import Background, Clock, Group, run_blocking
 
 if TYPE_CHECKING:
     from eplb_platform.backend import Backend
@@ -35,10 +35,15 @@ class ThreadClock(Clock):
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        deadline = None if timeout_s is None else self.now() + timeout_s
         with self._changed:
             while not condition():
-                self._changed.wait(LOOK_AGAIN_S)
+                left = LOOK_AGAIN_S if deadline is None else min(LOOK_AGAIN_S, deadline - self.now())
+                if left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
 
 
 class BackendGroup(Group):
@@ -71,25 +76,24 @@ class BackendGroup(Group):
         self._backend.abort()
 
 
-class BackgroundThread:
-    """Runs one job at a time in a daemon thread, started by the first job."""
+class BackgroundThread(Background):
+    """Runs the jobs in a daemon thread, started by the first of them."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._thread: threading.Thread | None = None
-        self._job: Callable[[], None] | None = None
+        self._job: Coroutine[None, None, None] | None = None
         self._wake = threading.Condition()
         self._is_closed = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether a job is waiting or running."""
         return self._job is not None
 
-    def start(self, job: Callable[[], None]) -> None:
-        """Hand over a job; raises RuntimeError while another one runs or after `close`."""
+    def start(self, job: Coroutine[None, None, None]) -> None:
         with self._wake:
             if self._is_closed or self._job is not None:
+                job.close()
                 raise RuntimeError(f"{self._name} is {'closed' if self._is_closed else 'busy'}")
             self._job = job
             if self._thread is None:
@@ -97,15 +101,11 @@ class BackgroundThread:
                 self._thread.start()
             self._wake.notify_all()
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Whether no job is waiting or running, at the latest after `timeout_s` seconds."""
+    async def wait_idle(self, timeout_s: float) -> bool:
         with self._wake:
             return self._wake.wait_for(lambda: self._job is None, timeout_s)
 
-    def close(self, timeout_s: float) -> bool:
-        """Let the running job end and stop the thread; False when it did not end within `timeout_s`
-        seconds.
-        """
+    async def close(self, timeout_s: float) -> bool:
         with self._wake:
             self._is_closed = True
             self._wake.notify_all()
@@ -117,7 +117,7 @@ class BackgroundThread:
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
             try:
-                job()
+                run_blocking(job)
             except Exception:
                 logger.exception("%s: a job failed", self._name)
             finally:
@@ -125,7 +125,7 @@ class BackgroundThread:
                     self._job = None
                     self._wake.notify_all()
 
-    def _next_job(self) -> Callable[[], None] | None:
+    def _next_job(self) -> Coroutine[None, None, None] | None:
         with self._wake:
             self._wake.wait_for(lambda: self._job is not None or self._is_closed)
             return self._job

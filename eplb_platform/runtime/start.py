@@ -24,7 +24,7 @@ from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
-from eplb_platform.runtime.ports import Planner, Recorder, Tracer
+from eplb_platform.runtime.ports import Background, Planner, Recorder, Tracer
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import MapRecorder, TraceRecorder
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
@@ -97,31 +97,69 @@ def start_balancer(
             gate=gate,
         )
         expert_map = _deploy(config, model, backend, link, migrator, deploy)
-        balancer = Balancer(
+        balancer = assemble(
             config,
             model,
             link,
             ForwardMeetings(
                 StoreControlPlane(PrefixStore(name, _client_of(store))), link.clock, rank, num_ranks
             ),
-            _rules(config, migrator),
             model_name=model_name or name,
             expert_map=expert_map,
-            tables=_even_tables(config, model, expert_map),
-            heat=LockedHeat(_heat_windows(config, model)),
             migrator=migrator,
             planner=planner or _planner(config, num_expert_groups, rank),
             recorder=recorder or _map_recorder(config),
-            step_loads=_step_loads(config, model),
             tracer=tracer or _trace_recorder(config, model, rank, model_name),
             background=BackgroundThread(f"{name}-cycle"),
             on_stage=on_stage,
             on_close=backend.close,
         )
         undo.pop_all()
+    balancer.record_start()
+    return balancer
+
+
+def assemble(
+    config: EplbConfig,
+    model: ServedModel,
+    link: RankLink,
+    meetings: ForwardMeetings,
+    *,
+    model_name: str,
+    expert_map: ExpertMap,
+    migrator: Migrator | None,
+    planner: Planner,
+    recorder: Recorder | None,
+    tracer: Tracer | None,
+    background: Background,
+    on_stage: Callable[[Stage], None] | None = None,
+    on_close: Callable[[], None] | None = None,
+) -> Balancer:
+    """A balancer over the given ports, with what the configuration says of all else; a simulation calls this.
+
+    expert_map: what the weights follow; migrator: None where the configuration moves nothing
+    """
+    balancer = Balancer(
+        config,
+        model,
+        link,
+        meetings,
+        _rules(config, migrator),
+        model_name=model_name,
+        expert_map=expert_map,
+        tables=_even_tables(config, model, expert_map),
+        heat=LockedHeat(_heat_windows(config, model)),
+        migrator=migrator,
+        planner=planner,
+        recorder=recorder,
+        step_loads=_step_loads(config, model),
+        tracer=tracer,
+        background=background,
+        on_stage=on_stage,
+        on_close=on_close,
+    )
     if migrator is not None:
         balancer.stats.staging_bytes = migrator.staging.nbytes
-    balancer.record_start()
     return balancer
 
 
