@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eplb_platform.backend import load_backend
@@ -35,6 +36,15 @@ class WeightUpdateRefused(RuntimeError):
     """New weights cannot be loaded while experts are out of the checkpoint loader's places."""
 
 
+@dataclass(frozen=True)
+class _Balanced:
+    """One model of the engine, with all that balances it."""
+
+    model: VllmModel
+    counts: LoadCounts
+    balancer: Balancer
+
+
 class EngineBalancing:
     """What vLLM's `EplbState` drives in the place of its own state machine."""
 
@@ -45,10 +55,8 @@ class EngineBalancing:
         self.steps = 0
         self._vllm_config = vllm_config
         self._group = group
-        self._models: dict[str, VllmModel] = {}
-        self._counts: dict[str, LoadCounts] = {}
-        self._balancers: dict[str, Balancer] = {}
-        self._main = ""
+        self._balanced: list[_Balanced] = []
+        self._main: _Balanced | None = None
 
     # --- start ---
 
@@ -64,11 +72,11 @@ class EngineBalancing:
             self._leave_alone(model, is_main=is_main)
             return
         backend = load_backend(config.backend, device_type=state.expert_load_pass.device.type)
-        name = f"model-{len(self._models)}"
+        name = f"model-{len(self._balanced)}"
         if is_main:
             group.publish_layers(model.expert_map.num_layers)
         group.wait_for_all(name)  # ranks load weights at their own pace, a collective would time out
-        self._balancers[name] = start_balancer(
+        balancer = start_balancer(
             config,
             model,
             backend,
@@ -80,10 +88,9 @@ class EngineBalancing:
             deploy=self._map_to_deploy(model) if is_main else None,
             recorder=self._stage_recorder() if is_main else None,
         )
-        self._models[name] = model
-        self._counts[name] = LoadCounts(state.expert_load_pass, backend)
+        self._balanced.append(_Balanced(model, LoadCounts(state.expert_load_pass, backend), balancer))
         if is_main:
-            self._main = name
+            self._main = self._balanced[-1]
         if group.rank == 0:
             logger.info(
                 "%s: %d MoE layers, %d experts in %d places on %d ranks: %s, algorithm %s",
@@ -105,7 +112,7 @@ class EngineBalancing:
         Raises `NothingToBalance` when no stage has a model that lets its experts be placed.
         """
         self._group.publish_layers(0)
-        if not self._models and not any(self._group.layers_of_stages()):
+        if not self._balanced and not any(self._group.layers_of_stages()):
             raise NothingToBalance(
                 f"eplb_config: vLLM's class of {self._vllm_config.model_config.model} does not let its "
                 "experts be placed (it is no MixtureOfExperts): leave eplb_config out"
@@ -150,14 +157,14 @@ class EngineBalancing:
     def step(self, *, is_dummy: bool) -> None:
         """A forward pass has ended on this rank."""
         self.steps += 1
-        for name, balancer in self._balancers.items():
-            expert_map = balancer.expert_map
+        for each in self._balanced:
+            expert_map = each.balancer.expert_map
             passed = Circumstances(expert_map, self.phase, is_dummy or not self._group.counts_tokens)
-            arrived = self._counts[name].end_of_pass(passed)
+            arrived = each.counts.end_of_pass(passed)
             if arrived is None:
-                balancer.step(None, phase=self.phase, is_dummy=is_dummy)
+                each.balancer.step(None, phase=self.phase, is_dummy=is_dummy)
             else:
-                balancer.step(
+                each.balancer.step(
                     arrived.load,
                     phase=arrived.circumstances.phase,
                     counted_by=arrived.circumstances.expert_map,
@@ -165,27 +172,27 @@ class EngineBalancing:
 
     def forget_load(self) -> None:
         """A profile pass has ended: nothing of it counts."""
-        for counts in self._counts.values():
-            counts.forget()
+        for each in self._balanced:
+            each.counts.forget()
 
     # --- control ---
 
     def pause(self) -> None:
-        for balancer in self._balancers.values():
-            balancer.pause()
+        for each in self._balanced:
+            each.balancer.pause()
 
     def resume(self) -> None:
-        for balancer in self._balancers.values():
-            balancer.resume()
+        for each in self._balanced:
+            each.balancer.resume()
 
     def rebalance_now(self) -> None:
-        for balancer in self._balancers.values():
-            balancer.rebalance_now()
+        for each in self._balanced:
+            each.balancer.rebalance_now()
 
     def drain(self) -> None:
         """Wait until no cycle runs on this rank; call `pause` first, on every rank."""
-        for balancer in self._balancers.values():
-            balancer.drain()
+        for each in self._balanced:
+            each.balancer.drain()
 
     def return_to_initial_layout(self, what: str) -> None:
         """The engine is about to load all its weights anew, in the only layout that its loader knows.
@@ -198,30 +205,28 @@ class EngineBalancing:
                 f"{what} would undo the static expert map {self.config.expert_map_path}: "
                 "start the engine anew with the new weights"
             )
-        for name, balancer in self._balancers.items():
-            balancer.invalidate(self._models[name].initial_map)
+        for each in self._balanced:
+            each.balancer.invalidate(each.model.initial_map)
 
     def refuse_unless_initial(self, what: str) -> None:
         """Raises `WeightUpdateRefused` when an expert lies where the checkpoint loader does not look."""
-        for model in self._models.values():
-            if model.expert_map != model.initial_map:
+        for each in self._balanced:
+            if each.model.expert_map != each.model.initial_map:
                 raise WeightUpdateRefused(
                     f"{what} writes experts into the places of the initial layout, but they have been "
                     "rearranged: reload all weights (reload_weights) first, which goes back to it"
                 )
 
     def close(self) -> None:
-        for balancer in self._balancers.values():
-            balancer.close()
+        for each in self._balanced:
+            each.balancer.close()
 
     # --- what can be seen ---
 
     def snapshot(self) -> Mapping[str, object]:
         """This rank's state as plain data for JSON; the top level speaks of the main model."""
-        models = {
-            self._models[name].model_name: balancer.snapshot() for name, balancer in self._balancers.items()
-        }
-        main = self._balancers[self._main].snapshot() if self._main else {}
+        models = {each.model.model_name: each.balancer.snapshot() for each in self._balanced}
+        main = {} if self._main is None else self._main.balancer.snapshot()
         return {
             **self._place(),
             "state": main.get("state", "idle"),
@@ -233,9 +238,7 @@ class EngineBalancing:
 
     def status(self) -> Mapping[str, object]:
         """`snapshot` without the maps: cheap enough for every second."""
-        models = {
-            self._models[name].model_name: balancer.status() for name, balancer in self._balancers.items()
-        }
+        models = {each.model.model_name: each.balancer.status() for each in self._balanced}
         return {**self._place(), "models": models}
 
     def _place(self) -> Mapping[str, object]:
