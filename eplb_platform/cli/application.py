@@ -6,6 +6,8 @@ What a command needs is imported when it runs, so that `--help` stays quick.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +29,28 @@ AsJson = Annotated[
 
 IterRange = Annotated[
     str | None, typer.Option(metavar="A-B", help="Iterations from A up to B, without B.", show_default="all")
+]
+Trace = Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")]
+EpSize = Annotated[
+    int | None, typer.Option(min=1, help="The number of ranks.", show_default="what the record says")
+]
+NumNodes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Nodes that the ranks stand on.", show_default="by the hardware's ranks per node"
+    ),
+]
+ExpertGroups = Annotated[int, typer.Option(min=1, help="Expert groups of the model's router.")]
+Hardware = Annotated[
+    str, typer.Option(metavar="NAME|FILE.yaml", help="h100, ascend910b, or a profile of your own.")
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=NUMBER",
+        help="The model's shape, as hidden_size=4096, in place of the profile's; repeatable.",
+        show_default="DeepSeek-R1",
+    ),
 ]
 FormatOption = Annotated[
     str | None,
@@ -287,6 +311,80 @@ def compare(
 
 
 @application.command()
+def simulate(
+    trace: Trace,
+    algorithm: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Algorithms, each beside no balancing and a static map.")
+    ] = "adaptive",
+    ep_size: EpSize = None,
+    num_nodes: NumNodes = None,
+    redundant_experts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Slots beyond one for each expert, of all ranks.",
+            show_default="the fewest that ranks can share evenly",
+        ),
+    ] = None,
+    num_expert_groups: ExpertGroups = 1,
+    hardware: Hardware = "h100",
+    model: ModelOption = None,
+    map_: Annotated[
+        list[Path] | None,
+        typer.Option("--map", metavar="MAP", help="A map that is served beside, unchanged; repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A key of eplb_config, as expert_heat_collection_interval=300 or staging_memory_mb=500; "
+            "repeatable.",
+        ),
+    ] = None,
+    planning_time: Annotated[
+        float, typer.Option(min=0, metavar="S", help="Simulated seconds that a plan takes.")
+    ] = 0.5,
+    iter_range: IterRange = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PICTURE", help="Write the steps over time as a picture (.png).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay recorded load through the real balancer, in simulated time.
+
+    For each algorithm: balancedness of every forward pass on load that its map had not seen, experts and
+    bytes moved, waits, and an estimate of step time and throughput on the given hardware.
+
+    Example: eplb simulate dump.pt --ep-size 32 --redundant-experts 32 --algorithm adaptive,deepseek
+
+    Next: eplb advise, which searches for the numbers that are given here.
+    """
+    from rich.console import Console
+
+    from eplb_platform.cli.estimating import Deployment
+    from eplb_platform.cli.simulating import Request, run
+
+    request = Request(
+        trace=trace,
+        algorithms=_names(algorithm),
+        deployment=Deployment(hardware, model or (), ep_size, num_nodes, num_expert_groups),
+        redundant_experts=redundant_experts,
+        maps=map_ or (),
+        iter_range=iter_range,
+        planning_time_s=planning_time,
+        settings=set_ or (),
+        plot=plot,
+    )
+    with _progress() as advance:
+        outcome = run(request, lambda done, total: advance("steps", done, total))
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        outcome.print(Console())
+
+
+@application.command()
 def bench(
     traces: Annotated[
         list[Path] | None,
@@ -329,7 +427,6 @@ def bench(
     Each plans on one collection of load after the other and is judged on the next one, which it has not seen.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
     from eplb_platform.cli.benching import Request
     from eplb_platform.cli.benching import bench as measure
@@ -346,17 +443,24 @@ def bench(
         tokens_per_forward=tokens,
         seed=seed,
     )
-    shown = Console(stderr=True)
-    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        outcome = measure(
-            request,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+    with _progress() as advance:
+        outcome = measure(request, advance)
     if as_json:
         typer.echo(json.dumps(outcome.as_dicts()))
     else:
         outcome.print(Console())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, where that is a terminal: told what is done now, how much, and of how much."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = Console(stderr=True)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -107,7 +107,8 @@ def make_report(
             expected = list(trace.expert_load.shape[1:])
             raise ValueError(f"{name} has [layers, experts] {list(shape)}, the load has {expected}")
     first = metadata_number(trace, "first_iteration")
-    start, stop = _bounds(trace, first, iterations)
+    counting = steps_of(trace, iterations)
+    start, stop = counting.start, counting.stop
     counted = _Counted(trace, stop - start, num_windows)
     tallies = [_Tally(expert_map, stop - start, num_bins) for expert_map in layouts.values()]
     for at, load in _chunks(trace, start, stop):
@@ -139,6 +140,21 @@ def metadata_number(trace: LoadTrace, key: str) -> int:
     """The number that the trace's metadata have under `key`; 0 where they have none."""
     text = trace.metadata.get(key, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
+def steps_of(trace: LoadTrace, iterations: range | None) -> range:
+    """The steps of the trace that are in `iterations`, all by default.
+
+    iterations: counted from the trace's first_iteration, 0 where it has none. Raises ValueError for none.
+    """
+    first = metadata_number(trace, "first_iteration")
+    start, stop = 0, trace.num_steps
+    if iterations is not None:
+        start, stop = max(0, iterations.start - first), min(stop, iterations.stop - first)
+    if start >= stop:
+        asked = "" if iterations is None else f" in iterations {iterations.start}-{iterations.stop}"
+        raise ValueError(f"no step{asked}, the load has {first}-{first + trace.num_steps}")
+    return range(start, stop)
 
 
 def rank_share(expert_map: ExpertMap) -> _Floats:
@@ -219,17 +235,6 @@ def _statistics(sums: _Floats, num_steps: int) -> RankStatistics:
     return RankStatistics(
         num_steps, mean / num_steps, std / num_steps, ratio / num_steps, mean_over_max(mean, hottest)
     )
-
-
-def _bounds(trace: LoadTrace, first: int, iterations: range | None) -> tuple[int, int]:
-    """The steps from and up to which the report goes."""
-    start, stop = 0, trace.num_steps
-    if iterations is not None:
-        start, stop = max(0, iterations.start - first), min(stop, iterations.stop - first)
-    if start >= stop:
-        asked = "" if iterations is None else f" in iterations {iterations.start}-{iterations.stop}"
-        raise ValueError(f"no step{asked}, the load has {first}-{first + trace.num_steps}")
-    return start, stop
 
 
 def _chunks(trace: LoadTrace, start: int, stop: int) -> Iterator[tuple[int, _Floats]]:
