@@ -164,6 +164,21 @@ class Backend(ABC):
         time-out.
         """
 
+    def attach(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
+        """As `connect`, but meet nobody yet: the group of fewer ranks than `num_ranks` comes with `regroup`.
+
+        Optional, with `regroup`: for engines whose ranks come and go. Raises `GroupError` where a backend
+        cannot.
+        """
+        raise GroupError(f"backend {self.name!r} cannot leave ranks out of its group: it has no `attach`")
+
+    def regroup(self, epoch: int, ranks: Sequence[int]) -> None:
+        """As `rebuild`, with `ranks` alone, ascending: each of them calls it with the same arguments.
+
+        Numbers of ranks stay what they are, in messages too. `rebuild` is for the same ranks from now on.
+        """
+        raise GroupError(f"backend {self.name!r} cannot leave ranks out of its group: it has no `regroup`")
+
     @abstractmethod
     def close(self) -> None:
         """Give back the group and its threads. The backend is not used afterwards. Idempotent."""

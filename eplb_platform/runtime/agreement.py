@@ -29,16 +29,19 @@ class CycleAborted(RuntimeError):
 
 
 class Disagreement(ValueError):
-    """Offers that must not differ do."""
+    """Offers that must not differ do: those at `places` from the one at `first`, counted as they were given."""
+
+    def __init__(self, places: Sequence[int], first: int = 0) -> None:
+        super().__init__(f"offers {list(places)} differ from offer {first}")
+        self.places = places
+        self.first = first
 
 
 def same(offers: Sequence[int]) -> int:
-    """The one number that all ranks offered; raises `Disagreement` that names the ranks that differ from rank
-    0.
-    """
-    differing = [rank for rank, offer in enumerate(offers) if offer != offers[0]]
+    """The one number that all ranks offered; raises `Disagreement` over those that differ from the first."""
+    differing = [place for place, offer in enumerate(offers) if offer != offers[0]]
     if differing:
-        raise Disagreement(f"rank {', '.join(map(str, differing))} differs from rank 0")
+        raise Disagreement(differing)
     return offers[0]
 
 
@@ -58,6 +61,7 @@ class Agreement:
     """The places of one undertaking of all ranks, as one rank sees them.
 
     scope: keeps the places of this one apart from others': `cycle/7`
+    ranks: who takes part, ascending
     is_ending: says why this rank wants the undertaking to end now, or nothing
     """
 
@@ -68,17 +72,18 @@ class Agreement:
         *,
         scope: str,
         rank: int,
-        num_ranks: int,
+        ranks: Sequence[int],
         is_ending: Callable[[], str] = str,
     ) -> None:
         self._plane = plane
         self._clock = clock
         self._prefix = scope
         self._rank = rank
-        self._num_ranks = num_ranks
+        self._ranks = ranks
+        self._is_first = rank == ranks[0]
         self._is_ending = is_ending
         self._end_key = f"{self._prefix}/end"
-        self._keys = [self._end_key] if rank == 0 else []
+        self._keys = [self._end_key] if self._is_first else []
 
     @property
     def keys(self) -> Sequence[str]:
@@ -100,11 +105,12 @@ class Agreement:
         limit: for places that ranks reach only as their forward passes go on, and an idle engine makes none).
         """
         key = f"{self._prefix}/{place}"
-        offers = [f"{key}/{rank}" for rank in range(self._num_ranks)]
-        self._keys += [offers[self._rank], *((key, f"{key}/count") if self._rank == 0 else ())]
-        await self._plane.settle(offers[self._rank], str(offer))
-        if await self._plane.count(f"{key}/count") == self._num_ranks:
-            await self._plane.settle(key, self._verdict(await self._plane.read_all(offers), choose))
+        own = f"{key}/{self._rank}"
+        self._keys += [own, *((key, f"{key}/count") if self._is_first else ())]
+        await self._plane.settle(own, str(offer))
+        if await self._plane.count(f"{key}/count") == len(self._ranks):
+            offers = await self._plane.read_all([f"{key}/{rank}" for rank in self._ranks])
+            await self._plane.settle(key, self._verdict(offers, choose))
         return await self._learn(key, place, timeout_s)
 
     async def settle_as_failed(self, place: str, reason: str) -> int:
@@ -145,9 +151,9 @@ class Agreement:
             raise CycleAborted(rest, is_cancelled=word == "cancelled")
         return int(rest)
 
-    @staticmethod
-    def _verdict(offers: Sequence[str], choose: Callable[[Sequence[int]], int]) -> str:
+    def _verdict(self, offers: Sequence[str], choose: Callable[[Sequence[int]], int]) -> str:
         try:
             return f"agreed {choose([int(offer) for offer in offers])}"
-        except Disagreement as disagreement:
-            return f"failed {disagreement}"
+        except Disagreement as found:
+            differing = ", ".join(str(self._ranks[place]) for place in found.places)
+            return f"failed rank {differing} differs from rank {self._ranks[found.first]}"

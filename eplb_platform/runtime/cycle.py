@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PLANNING_RANK = 0
-"""The rank that plans and records."""
-
-
 class Stage(StrEnum):
     """Where a cycle is; the names that logs, `Balancer.state` and stage observers use."""
 
@@ -117,7 +113,11 @@ class Heat(Protocol):
 
 @dataclass
 class RankLink:
-    """One rank's lasting link to the others; it outlives cycles."""
+    """One rank's lasting link to the others; it outlives cycles.
+
+    members: the active ranks, ascending; all of them by default
+    generation: counts the changes of members; keys of different ones never meet
+    """
 
     rank: int
     num_ranks: int
@@ -128,6 +128,25 @@ class RankLink:
     epoch: int = 0
     wanted_epoch: int = 0
     finished_keys: Sequence[str] = ()
+    members: Sequence[int] = ()
+    generation: int = 0
+
+    def __post_init__(self) -> None:
+        self.members = tuple(self.members) or tuple(range(self.num_ranks))
+
+    @property
+    def planning_rank(self) -> int:
+        """The rank that plans and records."""
+        return self.members[0]
+
+    @property
+    def plans(self) -> bool:
+        """Whether this is the rank that plans and records."""
+        return self.rank == self.planning_rank
+
+    def scope(self, name: str) -> str:
+        """Where the keys of `name` lie in this generation."""
+        return f"generation/{self.generation}/{name}" if self.generation else name
 
     def break_group(self) -> None:
         """End what is pending in the group and ask for a new one at the next cycle's start."""
@@ -172,9 +191,9 @@ class Cycle:
         self._places = Agreement(
             link.plane,
             link.clock,
-            scope=f"cycle/{number}",
+            scope=link.scope(f"cycle/{number}"),
             rank=link.rank,
-            num_ranks=link.num_ranks,
+            ranks=link.members,
             is_ending=is_ending,
         )
 
@@ -202,7 +221,7 @@ class Cycle:
             self.report.outcome = Outcome.NO_LOAD
             await self._record(self._map, keep_earlier=not self._rules.moves_experts)
             return
-        if self._link.rank == PLANNING_RANK:
+        if self._link.plans:
             self.report.rank_load = self._rank_load(load)
         if not self._rules.plans:
             return
@@ -228,7 +247,7 @@ class Cycle:
         if epoch > link.epoch:
             with self._inside_group(), self._timed(Stage.REBUILD):
                 link.epoch = link.wanted_epoch = epoch
-                await link.group.rebuild(epoch)
+                await link.group.rebuild(epoch, link.members)
 
     async def _collect(self) -> NDArray[np.int64]:
         with self._timed(Stage.COLLECT):
@@ -249,12 +268,12 @@ class Cycle:
                 for start in range(first, end, loads.block_steps):
                     block = loads.block(start, min(end, start + loads.block_steps))
                     total = await self._link.group.sum(block)
-                    if self._tracer is not None and self._link.rank == PLANNING_RANK:
+                    if self._tracer is not None and self._link.plans:
                         await self._write_trace(self._tracer.add(*loads.rows(total)))
             loads.forget_until(end)
             if lost := loads.take_lost():
                 self.report.trace_error = f"{lost} steps came too long before a cycle and are missing"
-            if self._tracer is not None and self._link.rank == PLANNING_RANK:
+            if self._tracer is not None and self._link.plans:
                 await self._write_trace(self._tracer.publish(is_last=is_last))
 
     async def _write_trace(self, writing: Awaitable[None]) -> None:
@@ -268,7 +287,7 @@ class Cycle:
         """The map to move to, and the tables to route by there."""
         current = planned = self._map
         with self._timed(Stage.PLAN):
-            if self._link.rank == PLANNING_RANK:
+            if self._link.plans:
                 planned = await self._planner.plan(load, current)
                 self.report.planned_balancedness = window_balancedness(planned, load)
             moves = await self._places.agree("plan", int(planned != current), max, timeout_s=self._timeout_s)
@@ -277,7 +296,7 @@ class Cycle:
                 planned = await self._broadcast(planned)
         with self._timed(Stage.COMPARE):
             aim = None if self._tables is None else RoutingTables.level(planned, load, self._tables.width)
-            if aim is not None and self._link.rank == PLANNING_RANK:
+            if aim is not None and self._link.plans:
                 self.report.planned_balancedness = mean_over_max(*aim.window_rank_load(planned, load))
             digests = (current, planned) if aim is None else (current, planned, aim)
             await self._places.agree("compare", fingerprint(*digests), same, timeout_s=self._timeout_s)
@@ -291,7 +310,7 @@ class Cycle:
 
     async def _broadcast(self, planned: ExpertMap) -> ExpertMap:
         slots = planned.physical_to_logical.astype(np.int64)
-        slots = await self._link.group.broadcast(slots, PLANNING_RANK)
+        slots = await self._link.group.broadcast(slots, self._link.planning_rank)
         return ExpertMap(slots, planned.num_logical_experts, planned.topology)
 
     async def _rearrange(self, planned: ExpertMap, aim: RoutingTables | None) -> None:
@@ -371,7 +390,7 @@ class Cycle:
 
     async def _record(self, expert_map: ExpertMap, *, keep_earlier: bool = False) -> None:
         """A record that cannot be written is reported; it ends no cycle."""
-        if self._recorder is None or self._link.rank != PLANNING_RANK:
+        if self._recorder is None or not self._link.plans:
             return
         with self._timed(Stage.RECORD):
             try:

@@ -69,8 +69,8 @@ class Group(ABC):
     """
 
     @abstractmethod
-    async def rebuild(self, epoch: int) -> None:
-        """Replace the group by a new one under `epoch`, together with every other rank."""
+    async def rebuild(self, epoch: int, ranks: Sequence[int]) -> None:
+        """Replace the group by a new one of `ranks`, ascending, under `epoch`; each of them calls it."""
 
     @abstractmethod
     async def sum(self, load: NDArray[np.int64]) -> NDArray[np.int64]:

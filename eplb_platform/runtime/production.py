@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,16 +49,24 @@ class ThreadClock(Clock):
 class BackendGroup(Group):
     """The backend's group and the migrator that uses it.
 
+    ranks: who is in the backend's group now
     timeout_s: for what a device has still to copy once an exchange has returned
     """
 
-    def __init__(self, backend: Backend, migrator: Migrator | None, timeout_s: float) -> None:
+    def __init__(
+        self, backend: Backend, migrator: Migrator | None, timeout_s: float, ranks: Sequence[int]
+    ) -> None:
         self._backend = backend
         self._migrator = migrator
         self._timeout_s = timeout_s
+        self._ranks = tuple(ranks)
 
-    async def rebuild(self, epoch: int) -> None:
-        self._backend.rebuild(epoch)
+    async def rebuild(self, epoch: int, ranks: Sequence[int]) -> None:
+        if tuple(ranks) == self._ranks:
+            self._backend.rebuild(epoch)
+        else:
+            self._backend.regroup(epoch, ranks)
+            self._ranks = tuple(ranks)
 
     async def sum(self, load: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._backend.sum_on_host(load)

@@ -55,9 +55,9 @@ class AcceleratorBackend(GlooBackend):
 
     # --- the group ---
 
-    def connect(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
-        """As `Backend.connect`; also allocates the pinned memory, which could stop the device later on."""
-        super().connect(store, rank, num_ranks, timeout_s)
+    def attach(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
+        """As `Backend.attach`; also allocates the pinned memory, which could stop the device later on."""
+        super().attach(store, rank, num_ranks, timeout_s)
         self._transfer = self._new_transfer()
         self._room_for_checksums()
 

@@ -22,13 +22,18 @@ class GlooBackend(Backend):
         self._store: Store | None = None
         self._rank = 0
         self._num_ranks = 1
+        self._ranks: Sequence[int] = range(1)
         self._timeout_s = 0.0
         self._epoch = -1
 
     # --- the group ---
 
     def connect(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
-        """As `Backend.connect`. Uses its own client of the store, so that no other thread waits for it."""
+        self.attach(store, rank, num_ranks, timeout_s)
+        self.rebuild(epoch=0)
+
+    def attach(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
+        """As `Backend.attach`. Uses its own client of the store, so that no other thread waits for it."""
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank {rank} is not one of {num_ranks} ranks")
         if timeout_s <= 0:
@@ -37,7 +42,7 @@ class GlooBackend(Backend):
             raise GroupError(f"rank {rank}: connect was called twice; rebuild replaces a group")
         self._store = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
         self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
-        self.rebuild(epoch=0)
+        self._ranks = range(num_ranks)
 
     def warm_up(self) -> None:
         self._touch_pairs()
@@ -58,6 +63,9 @@ class GlooBackend(Backend):
             group.close()
 
     def rebuild(self, epoch: int) -> None:
+        self.regroup(epoch, self._ranks)
+
+    def regroup(self, epoch: int, ranks: Sequence[int]) -> None:
         if self._store is None:
             raise GroupError("connect comes before rebuild, and close after it")
         if epoch <= self._epoch:
@@ -65,9 +73,12 @@ class GlooBackend(Backend):
                 f"rank {self._rank}: epoch {epoch} was used: rebuild needs one above {self._epoch}"
             )
         self.abort()
+        if self._rank not in ranks:
+            raise ValueError(f"rank {self._rank} is not one of the ranks {list(ranks)} of its group")
         self._epoch = epoch
-        self._group = GlooGroup(self._store, self._rank, self._num_ranks, epoch)
+        self._group = GlooGroup(self._store, self._rank, ranks, epoch)
         self._group.join(self._timeout_s)
+        self._ranks = ranks
 
     def close(self) -> None:
         self.abort()
@@ -83,7 +94,8 @@ class GlooBackend(Backend):
     def sum_on_host(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """As `Backend.sum_on_host`. Each rank sums its part of the array for all, as in a reduce-scatter."""
         group = self._open_group()
-        parts = np.array_split(_as_int64(values).ravel(), self._num_ranks)
+        split = np.array_split(_as_int64(values).ravel(), len(self._ranks))
+        parts = dict(zip(self._ranks, split, strict=True))
         own = np.array(parts[self._rank])
         shares = np.empty((len(group.peers), own.size), np.int64)
         group.exchange(
@@ -92,18 +104,18 @@ class GlooBackend(Backend):
             self._timeout_s,
         )
         own += shares.sum(axis=0)
-        sums = [own if rank == self._rank else np.empty_like(part) for rank, part in enumerate(parts)]
+        sums = {rank: own if rank == self._rank else np.empty_like(part) for rank, part in parts.items()}
         group.exchange(
             [_message(peer, own) for peer in group.peers],
             [_message(peer, sums[peer]) for peer in group.peers],
             self._timeout_s,
         )
-        return np.concatenate(sums).reshape(values.shape)
+        return np.concatenate(list(sums.values())).reshape(values.shape)
 
     def broadcast_on_host(self, values: NDArray[np.int64], source: int) -> NDArray[np.int64]:
         group = self._open_group()
-        if not 0 <= source < self._num_ranks:
-            raise ValueError(f"rank {self._rank}: source {source} is not one of {self._num_ranks} ranks")
+        if source not in self._ranks:
+            raise ValueError(f"rank {self._rank}: source {source} is not one of the ranks {list(self._ranks)}")
         result = np.array(_as_int64(values), order="C")
         if source == self._rank:
             group.exchange([_message(peer, result) for peer in group.peers], [], self._timeout_s)

@@ -46,13 +46,16 @@ class _Gloo(Protocol):
 
 
 class GlooGroup:
-    """The ranks of one epoch. All methods but `close` are called from one thread at a time."""
+    """The ranks of one epoch. All methods but `close` are called from one thread at a time.
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, epoch: int) -> None:
-        self.peers = [peer for peer in range(num_ranks) if peer != rank]
+    ranks: who is in the group, ascending, `rank` among them; peers of messages are named by these numbers
+    """
+
+    def __init__(self, store: Store, rank: int, ranks: Sequence[int], epoch: int) -> None:
+        self.peers = [peer for peer in ranks if peer != rank]
+        self._place = {member: place for place, member in enumerate(ranks)}
         self._store = PrefixStore(f"eplb/{epoch}", store)
         self._rank = rank
-        self._num_ranks = num_ranks
         self._closed = Event()
         self._lock = Lock()
         self._gloo: _Gloo | None = None
@@ -69,7 +72,8 @@ class GlooGroup:
         """Meet the other ranks and connect to each of them."""
         deadline = time.monotonic() + timeout_s
         self.meet("join", timeout_s)
-        gloo = self._attempt("connecting", _gloo, self._store, self._rank, self._num_ranks, _left(deadline))
+        place, size = self._place[self._rank], len(self._place)
+        gloo = self._attempt("connecting", _gloo, self._store, place, size, _left(deadline))
         with self._lock:
             self._gloo = gloo
         if self._closed.is_set():
@@ -82,15 +86,15 @@ class GlooGroup:
         Unlike gloo's own rendezvous this ends when the group is closed, and knows who is missing.
         """
         deadline = time.monotonic() + timeout_s
-        keys = [f"{purpose}/{rank}" for rank in range(self._num_ranks)]
+        keys = {rank: f"{purpose}/{rank}" for rank in self._place}
         self._attempt(purpose, self._store.set, keys[self._rank], "here")
-        while not self._attempt(purpose, self._store.check, keys):
+        while not self._attempt(purpose, self._store.check, list(keys.values())):
             if self._closed.wait(_POLL_S):
                 raise GroupError(f"rank {self._rank}: {purpose}: the group was closed on this rank")
             if time.monotonic() > deadline:
                 missing = [
                     rank
-                    for rank, key in enumerate(keys)
+                    for rank, key in keys.items()
                     if not self._attempt(purpose, self._store.check, [key])
                 ]
                 self.close()
@@ -121,7 +125,7 @@ class GlooGroup:
             self._closed.set()
             gloo, self._gloo = self._gloo, None
         if gloo is not None:
-            _close_connections(gloo, self.peers)
+            _close_connections(gloo, [self._place[peer] for peer in self.peers])
 
     def _check(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -144,10 +148,10 @@ class GlooGroup:
         targets = {message.peer: self._exchanges_to[message.peer] for message in outgoing}
 
         def receive(peer: int, tensor: torch.Tensor, tag: int) -> Work:
-            return self._attempt(f"receiving from rank {peer}", gloo.recv, [tensor], peer, tag)
+            return self._attempt(f"receiving from rank {peer}", gloo.recv, [tensor], self._place[peer], tag)
 
         def send(peer: int, tensor: torch.Tensor, tag: int) -> Work:
-            return self._attempt(f"sending to rank {peer}", gloo.send, [tensor], peer, tag)
+            return self._attempt(f"sending to rank {peer}", gloo.send, [tensor], self._place[peer], tag)
 
         arriving = [(post[0], receive(*post)) for post in _with_tags(incoming, sources)]
         ends = [(peer, receive(peer, _empty(), _end_tag(number))) for peer, number in sources.items()]
@@ -179,9 +183,9 @@ def _gloo(store: Store, rank: int, num_ranks: int, timeout: timedelta) -> _Gloo:
     return cast(_Gloo, ProcessGroupGloo(store, rank, num_ranks, timeout))
 
 
-def _close_connections(gloo: _Gloo, peers: Sequence[int]) -> None:
+def _close_connections(gloo: _Gloo, places: Sequence[int]) -> None:
     """Wait for what nobody sends: when that times out, gloo closes all connections of this rank."""
-    for peer in peers:  # one of them is enough, unless its connection is closed already
+    for peer in places:  # one of them is enough, unless its connection is closed already
         with suppress(RuntimeError):
             gloo.recv([_empty()], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
