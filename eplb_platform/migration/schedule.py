@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.migration.resized_map import experts_without
 from eplb_platform.migration.schedule_kernels import choose_sources, plan_chunks
 from eplb_platform.topology import Topology
 
@@ -34,7 +35,7 @@ class RankMoves:
     slot: Ids
     """The slot of this rank, counted from 0 on the rank."""
     peer: Ids
-    """The rank at the other end."""
+    """The rank at the other end; -1 where the expert is loaded from the checkpoint."""
     peer_slot: Ids
     """The slot of the other rank, counted from 0 there."""
 
@@ -59,7 +60,8 @@ class Chunk:
     layer: Ids
     """[moves]"""
     source: Ids
-    """[moves], the physical expert that is copied; it may be on the target's rank."""
+    """[moves], the physical expert that is copied; it may be on the target's rank. -1 where no rank has the
+    expert, and its weights are loaded from the model's checkpoint."""
     target: Ids
     """[moves], the physical expert that is overwritten, each at most once per layer."""
     expert: Ids
@@ -91,7 +93,8 @@ class Chunk:
         """[ranks], experts that each rank sends to others."""
         slots, num_ranks = self.map_after.slots_per_rank, self.map_after.topology.num_ranks
         senders = self.source // slots
-        return np.bincount(senders[senders != self.target // slots], minlength=num_ranks).astype(np.int32)
+        sent = (senders != self.target // slots) & (senders >= 0)
+        return np.bincount(senders[sent], minlength=num_ranks).astype(np.int32)
 
     def receives_by_rank(self) -> Ids:
         """[ranks], staging rows that each rank needs."""
@@ -152,6 +155,66 @@ def build_schedule(
         current = filled
     moving, skipped = _build(current, new, layers, layers_per_chunk, staging_slots)
     return Schedule((*chunks, *moving), skipped)
+
+
+def resize_chunks(
+    current: ExpertMap,
+    target: ExpertMap,
+    *,
+    living: Sequence[int],
+    staying: Sequence[int],
+    staging_slots: int,
+) -> tuple[Chunk, ...]:
+    """The moves from `current` to `target`, as `resized_map` makes it, while no forward pass runs.
+
+    living: the ranks that have what `current` says, those that leave included; experts that none of them has
+        are loaded. staying: those of them that are active in `target`.
+    A chunk's `map_after` has the topology of `current`, with what changed on ranks that stay: it is what all
+    living ranks can go back to. `target` itself is for when all chunks are done.
+    """
+    slots = current.slots_per_rank
+    before = np.where(_slots_of(living, current), current.physical_to_logical, np.int32(-1))
+    after = np.array(target.physical_to_logical)
+    layer, slot = (indices.astype(np.int32) for indices in np.nonzero((after >= 0) & (after != before)))
+    if not len(layer):
+        return ()
+    order, start = _by_room(slot // slots, staging_slots)
+    layer, slot = layer[order], slot[order]
+    expert = after[layer, slot]
+    held = np.zeros((current.num_layers, current.num_logical_experts + 1), dtype=np.bool_)
+    np.put_along_axis(held, before, True, axis=1)  # -1 falls into the last column
+    copied = held[layer, expert]
+    node_of_rank = np.array(target.topology.node_of_rank, dtype=np.int32)
+    source = np.full(len(layer), -1, dtype=np.int32)
+    of_copied = np.concatenate([[0], np.cumsum(copied)]).astype(np.int32)[start]
+    source[copied] = choose_sources(
+        before, after, layer[copied], slot[copied], of_copied, current.num_logical_experts, slots, node_of_rank
+    )
+    shown = _slots_of(staying, current)
+    content = np.array(current.physical_to_logical)
+    chunks = []
+    for first, last in pairwise(start.tolist()):
+        rows = slice(first, last)
+        visible = shown[slot[rows]]
+        if visible.any():
+            content[layer[rows][visible], slot[rows][visible]] = expert[rows][visible]
+            current = ExpertMap(content, current.num_logical_experts, current.topology)
+        layers = tuple(dict.fromkeys(layer[rows].tolist()))
+        chunks.append(Chunk(layers, layer[rows], source[rows], slot[rows], expert[rows], current))
+    return tuple(chunks)
+
+
+def _by_room(rank: Ids, staging_slots: int) -> tuple[NDArray[np.intp], Ids]:
+    """An order of moves to `rank` [moves] in which no rank stages more than its room in one chunk.
+
+    Returns the order and where each chunk starts in it, [chunks + 1].
+    """
+    by_rank = np.argsort(rank, kind="stable")
+    first = np.searchsorted(rank[by_rank], rank[by_rank])
+    chunk = np.empty(len(rank), dtype=np.int64)
+    chunk[by_rank] = (np.arange(len(rank)) - first) // staging_slots
+    order = np.argsort(chunk, kind="stable")
+    return order, np.searchsorted(chunk[order], np.arange(chunk.max() + 2)).astype(np.int32)
 
 
 def warm_up() -> None:
@@ -219,16 +282,14 @@ def _without_left(old: ExpertMap, staying: Sequence[int]) -> ExpertMap:
     left = sorted(set(old.topology.active_ranks or ()) - set(staying))
     if not staying:
         raise ScheduleError(f"no rank that is active in the old map stays: ranks {left} leave")
-    content = np.where(_slots_of(staying, old), old.physical_to_logical, np.int32(-1))
-    held = np.zeros((old.num_layers, old.num_logical_experts + 1), dtype=np.bool_)
-    np.put_along_axis(held, content, True, axis=1)  # -1 falls into the last column
-    lost = np.argwhere(~held[:, :-1])
-    if len(lost):
-        layer, expert = lost[0].tolist()
+    lost = experts_without(old, left)
+    if lost:
+        layer, expert = lost[0]
         raise ScheduleError(
             f"layer {layer}: logical expert {expert} is only on ranks that leave ({left}): "
             "its weights have to be loaded anew"
         )
+    content = np.where(_slots_of(staying, old), old.physical_to_logical, np.int32(-1))
     topology = Topology(old.topology.num_ranks, old.topology.num_nodes, tuple(staying))
     return ExpertMap(content, old.num_logical_experts, topology)
 

@@ -12,7 +12,7 @@ import torch
 from eplb_platform.backend import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Tensors: TypeAlias = "Sequence[torch.Tensor]"
 """The tensors of one expert, one for each parameter."""
+
+LoadExpert: TypeAlias = "Callable[[int, int], Tensors]"
+"""The weights of (layer, logical expert) from the model's checkpoint, as in `expert_weights`."""
 
 _LOOK_AGAIN_S = 0.0005
 
@@ -69,6 +72,7 @@ class Migrator:
         self._device = staging.buffers[0][0].device
         self._rank = rank
         self._verify = verify
+        self._load_expert: LoadExpert | None = None
         self.follow(expert_weights)
         self.bytes_received = 0
         """Bytes of expert weights fetched from other ranks, whether they were committed or not."""
@@ -76,6 +80,10 @@ class Migrator:
         """Experts committed that came from another rank."""
         self.experts_copied = 0
         """Experts committed that came from another slot of this rank."""
+
+    def load_with(self, load_expert: LoadExpert | None) -> None:
+        """From where `fetch` takes experts whose chunk names no source: called with layer and expert."""
+        self._load_expert = load_expert
 
     def follow(self, expert_weights: ExpertWeights) -> None:
         """The weights were loaded, perhaps into other tensors of the same shapes; what is staged is void.
@@ -105,7 +113,7 @@ class Migrator:
         streams = self._backend.streams
         with streams.transfer():
             streams.wait(self._swapped)
-            copied = self._copy_within_rank(arrivals)
+            copied = self._copy_within_rank(arrivals) + self._load(arrivals)
             self._exchange(arrivals, chunk.sends_of(self._rank))
             mark = streams.record()
         received = len(arrivals) - copied
@@ -165,9 +173,23 @@ class Migrator:
                 self._backend.streams.copy(target, source)
         return len(rows)
 
+    def _load(self, arrivals: RankMoves) -> int:
+        """Take from the checkpoint what no rank has."""
+        rows = np.flatnonzero(arrivals.peer < 0)
+        for row, layer, expert in zip(
+            rows.tolist(), arrivals.layer[rows].tolist(), arrivals.expert[rows].tolist(), strict=True
+        ):
+            if self._load_expert is None:
+                raise MigrationError(f"layer {layer}: no rank has expert {expert}, and nothing loads it")
+            loaded = list(self._load_expert(layer, expert))
+            _check_loaded(loaded, self._row(row), f"layer {layer}, expert {expert}")
+            for target, source in zip(self._row(row), loaded, strict=True):
+                self._backend.streams.copy(target, source)
+        return len(rows)
+
     def _exchange(self, arrivals: RankMoves, departures: RankMoves) -> None:
         """Both ends walk the moves in the chunk's order, so that the messages of every pair match."""
-        rows = np.flatnonzero(arrivals.peer != self._rank)
+        rows = np.flatnonzero((arrivals.peer != self._rank) & (arrivals.peer >= 0))
         remote = arrivals[rows]
         places = zip(departures.layer.tolist(), departures.slot.tolist(), strict=True)
         experts = [self._expert(layer, slot) for layer, slot in places]
@@ -204,6 +226,13 @@ class Migrator:
         """int64 [which]"""
         checksums = [self._backend.checksum(experts[move]) for move in which.tolist()]
         return torch.tensor(checksums, dtype=torch.int64, device=self._device)
+
+
+def _check_loaded(loaded: Tensors, staged: Tensors, where: str) -> None:
+    found = [(tensor.dtype, tuple(tensor.shape)) for tensor in loaded]
+    expected = [(tensor.dtype, tuple(tensor.shape)) for tensor in staged]
+    if found != expected:
+        raise MigrationError(f"{where}: what was loaded is {found}, expected {expected} as in expert_weights")
 
 
 def _checksum_error(rank: int, moves: RankMoves, differs: Sequence[bool]) -> ChecksumError:

@@ -10,10 +10,13 @@ decides nothing.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from eplb_platform.runtime.ports import Clock, ControlPlane
+
+logger = logging.getLogger(__name__)
 
 FIRST_POLL_S = 0.0005
 SLOWEST_POLL_S = 0.01
@@ -112,6 +115,26 @@ class Agreement:
             offers = await self._plane.read_all([f"{key}/{rank}" for rank in self._ranks])
             await self._plane.settle(key, self._verdict(offers, choose))
         return await self._learn(key, place, timeout_s)
+
+    async def decide(
+        self,
+        place: str,
+        offer: int = 0,
+        choose: Callable[[Sequence[int]], int] = max,
+        *,
+        timeout_s: float | None = None,
+    ) -> int:
+        """As `agree`, for a forward thread: an error on the way to the verdict ends the place for all ranks.
+
+        Raises `CycleAborted`; any other error means that this rank cannot learn the verdict.
+        """
+        try:
+            return await self.agree(place, offer, choose, timeout_s=timeout_s)
+        except CycleAborted:
+            raise
+        except Exception as error:
+            logger.warning("rank %d: %s/%s: %s; settling it", self._rank, self._prefix, place, error)
+            return await self.settle_as_failed(place, f"rank {self._rank}: {error}")
 
     async def settle_as_failed(self, place: str, reason: str) -> int:
         """End a place whose verdict this rank failed to learn: returns the number if others had agreed

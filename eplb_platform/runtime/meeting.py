@@ -7,14 +7,15 @@ are met, or none is, and a rank that comes after its time learns that.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, same
 from eplb_platform.runtime.gate import ForwardStopped
-from eplb_platform.runtime.ports import Clock, ControlPlane
+from eplb_platform.runtime.ports import ControlPlane
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from eplb_platform.runtime.cycle import RankLink
 
 NUMBER_BITS = 64
 
@@ -29,13 +30,16 @@ class ForwardMeetings:
     plane: used by the forward thread only
     """
 
-    def __init__(self, plane: ControlPlane, clock: Clock, rank: int, num_ranks: int) -> None:
-        self._plane = plane
-        self._clock = clock
-        self._rank = rank
-        self._num_ranks = num_ranks
+    def __init__(self, plane: ControlPlane, link: RankLink) -> None:
+        self.plane = plane
+        self._link = link
         self._held = 0
         self._stale: Sequence[str] = ()
+
+    async def start_anew(self) -> None:
+        """The members of the link are others now, and have all left the meetings before."""
+        stale, self._held, self._stale = self._stale, 0, ()
+        await self.plane.forget(stale)
 
     async def hold(self, purpose: str, content: str, number: int, timeout_s: float) -> int:
         """Wait for every rank to come; returns the largest `number` that a rank brought.
@@ -45,26 +49,21 @@ class ForwardMeetings:
         seconds or means something else; `ForwardStopped` when this rank cannot learn the verdict.
         """
         place = f"{self._held}"
+        link = self._link
         meeting = Agreement(
-            self._plane, self._clock, scope="meeting", rank=self._rank, num_ranks=self._num_ranks
+            self.plane, link.clock, scope=link.scope("meeting"), rank=link.rank, ranks=link.members
         )
         self._held += 1
         offer = _fingerprint(purpose, content) << NUMBER_BITS | number
         try:
-            try:
-                number = await meeting.agree(place, offer, _one_content, timeout_s=timeout_s)
-            except CycleAborted:
-                raise
-            except Exception as error:
-                logger.warning("rank %d: %s: %s; settling it", self._rank, purpose, error)
-                number = await meeting.settle_as_failed(place, f"rank {self._rank}: {error}")
-            await self._plane.forget(self._stale)  # all ranks have left the meeting before
+            number = await meeting.decide(place, offer, _one_content, timeout_s=timeout_s)
+            await self.plane.forget(self._stale)  # all ranks have left the meeting before
             return number
         except CycleAborted as aborted:
             raise MeetingFailed(f"{purpose}: {aborted}; nothing was changed on any rank") from aborted
         except Exception as error:
             raise ForwardStopped(
-                f"{purpose}: rank {self._rank} cannot learn whether all ranks came: {error}"
+                f"{purpose}: rank {link.rank} cannot learn whether all ranks came: {error}"
             ) from error
         finally:
             self._stale = meeting.keys

@@ -1,0 +1,224 @@
+"""What all present ranks do once they have agreed on new active ranks: find the map, move the least, switch.
+
+No forward pass runs meanwhile. Until the last agreement every rank can go back to the active ranks before;
+what was moved by then was moved on all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import numpy as np
+
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.migration.resized_map import experts_without, resized_map
+from eplb_platform.migration.schedule import Chunk, resize_chunks
+from eplb_platform.runtime.agreement import Agreement, CycleAborted, Disagreement, fingerprint, same
+from eplb_platform.runtime.gate import ForwardStopped
+from eplb_platform.runtime.resize_meeting import ResizeError, Verdict
+from eplb_platform.topology import Topology
+
+if TYPE_CHECKING:
+    from eplb_platform.runtime.cycle import RankLink
+    from eplb_platform.runtime.ports import ControlPlane
+
+logger = logging.getLogger(__name__)
+
+NO_MAP = -1
+SHOWN_EXPERTS = 12
+
+
+class LostExpertsError(ResizeError):
+    """Experts have no living replica, and nothing can load them.
+
+    experts: (layer, logical expert) of each
+    """
+
+    def __init__(self, experts: Sequence[tuple[int, int]], gone: Sequence[int]) -> None:
+        self.experts = tuple(experts)
+        super().__init__(
+            f"resize: {len(self.experts)} experts have no replica on a living rank (ranks {list(gone)} are "
+            f"gone): {named(self.experts)}; give `load_expert`, or start the model anew"
+        )
+
+
+def named(experts: Sequence[tuple[int, int]]) -> str:
+    """`layer 0: experts 3, 7; layer 2: expert 1`, shortened when they are many."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, expert in experts[:SHOWN_EXPERTS]:
+        by_layer.setdefault(layer, []).append(expert)
+    parts = [
+        f"layer {layer}: expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}"
+        for layer, ids in by_layer.items()
+    ]
+    more = len(experts) - SHOWN_EXPERTS
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+class ResizedRank(Protocol):
+    """What a resize asks of its rank's balancer."""
+
+    async def end_cycle(self) -> ExpertMap:
+        """End the running cycle, execute what was agreed; returns the map in force."""
+        ...
+
+    def stage_chunks_of(self) -> int:
+        """Make ready to move experts; returns how many fit in the staging."""
+        ...
+
+    def swap(self, chunk: Chunk) -> None:
+        """Put what was fetched for `chunk` in place, and route by its map where it is routed by already."""
+        ...
+
+
+@dataclass
+class Resizing:
+    """One resize on one rank.
+
+    plane: the forward thread's
+    scope: keeps its places apart from others'
+    model_map: for the shape, where this rank joins
+    """
+
+    link: RankLink
+    plane: ControlPlane
+    scope: str
+    verdict: Verdict
+    timeout_s: float
+    rank: ResizedRank
+    model_map: ExpertMap
+
+    def __post_init__(self) -> None:
+        self._is_member = self.link.rank in self.verdict.members
+        self._leader = self.verdict.staying[0]
+        self._places = Agreement(
+            self.plane,
+            self.link.clock,
+            scope=self.scope,
+            rank=self.link.rank,
+            ranks=self.verdict.present,
+        )
+        self.moved = 0
+        """Experts that were moved or loaded, over all ranks."""
+        self.loaded = 0
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Keys that this rank deletes at its next resize."""
+        return self._places.keys
+
+    async def run(self) -> ExpertMap:
+        """Returns the map to route by from now on, on every rank that took part.
+
+        Raises `ResizeError` on all of them when one fails; `ForwardStopped` when this rank cannot learn
+        whether it did.
+        """
+        verdict, link = self.verdict, self.link
+        try:
+            current = await self.rank.end_cycle() if self._is_member else None
+            await self._agree("ended", NO_MAP if current is None else fingerprint(current), _one_map)
+            moves = current is None or self._needs_moves(current)
+            link.epoch = link.wanted_epoch = verdict.epoch
+            if moves:
+                await link.group.rebuild(verdict.epoch, verdict.present)
+            current, target = await self._maps(current, moves)
+            await self._agree("target", fingerprint(current, target), same)
+            if moves:
+                await self._move(current, target)
+            await self._agree("done")
+            return target
+        except CycleAborted as aborted:
+            self._give_up()
+            raise ResizeError(f"resize: {aborted}; the active ranks are what they were") from aborted
+        except ForwardStopped:
+            self._give_up()
+            raise
+        except Exception as error:
+            await self._fail(error)
+
+    def _needs_moves(self, current: ExpertMap) -> bool:
+        """Raises `LostExpertsError` on every member."""
+        lost = experts_without(current, [r for r in range(self.link.num_ranks) if r not in self.verdict.members])
+        if lost:
+            names = named(lost)
+            logger.error("rank %d: experts without a living replica: %s", self.link.rank, names)
+            if not self.verdict.can_load:
+                raise LostExpertsError(lost, self.verdict.dead)
+        leaving = [rank for rank in range(self.link.num_ranks) if rank not in self.verdict.staying]
+        return bool(lost or self.verdict.joining or experts_without(current, leaving))
+
+    async def _maps(self, current: ExpertMap | None, moves: bool) -> tuple[ExpertMap, ExpertMap]:
+        """The map until now and the one to go on with; made on one rank where there is a group."""
+        given, verdict = self.model_map, self.verdict
+        topology = Topology(given.topology.num_ranks, given.topology.num_nodes, verdict.active_ranks)
+        target = None
+        if current is not None and (not moves or self.link.rank == self._leader):
+            target = resized_map(current, topology, staying=verdict.staying, joining=verdict.joining)
+        if current is not None and target is not None and not moves:
+            return current, target
+        tables = np.zeros((2, *given.physical_to_logical.shape), dtype=np.int64)
+        if current is not None and target is not None:
+            tables[:] = current.physical_to_logical, target.physical_to_logical
+        tables = await self.link.group.broadcast(tables, self._leader)
+        before = Topology(topology.num_ranks, topology.num_nodes, verdict.before)
+        return (
+            ExpertMap(tables[0], given.num_logical_experts, before),
+            ExpertMap(tables[1], given.num_logical_experts, topology),
+        )
+
+    async def _move(self, current: ExpertMap, target: ExpertMap) -> None:
+        chunks = resize_chunks(
+            current,
+            target,
+            living=self.verdict.members,
+            staying=self.verdict.staying,
+            staging_slots=await self._staging_slots(),
+        )
+        for index, chunk in enumerate(chunks):
+            await self.link.group.fetch(chunk)
+            chunk.map_after.derive_tables()
+            await self._agree(f"chunk/{index}")
+            self.rank.swap(chunk)
+            self.moved += chunk.num_moves
+            self.loaded += int((chunk.source < 0).sum())
+
+    async def _staging_slots(self) -> int:
+        """Ranks that were started at different times may have room for different numbers."""
+        return await self._agree("staging", self.rank.stage_chunks_of(), min)
+
+    async def _agree(self, place: str, offer: int = 0, choose=max) -> int:  # type: ignore[no-untyped-def]
+        try:
+            return await self._places.decide(place, offer, choose, timeout_s=self.timeout_s)
+        except CycleAborted:
+            raise
+        except Exception as error:
+            rank = self.link.rank
+            raise ForwardStopped(f"resize: rank {rank} cannot learn what became of {place!r}: {error}") from error
+
+    def _give_up(self) -> None:
+        """The group that was made for this is of no use; the next cycle makes one of the ranks before."""
+        self.link.break_group()
+
+    async def _fail(self, error: Exception) -> NoReturn:
+        """Tell the others first: the reason they see is the true one."""
+        reason = f"rank {self.link.rank}: {type(error).__name__}: {error}"
+        try:
+            reason = await self._places.announce_failure(reason)
+        except Exception as lost:
+            logger.error("rank %d: cannot tell the other ranks: %s", self.link.rank, lost)
+        self._give_up()
+        if isinstance(error, ResizeError):
+            raise error
+        raise ResizeError(f"resize: {reason}; the active ranks are what they were") from error
+
+
+def _one_map(offers: Sequence[int]) -> int:
+    """The fingerprint that all ranks offered that have a map."""
+    first = next(place for place, offer in enumerate(offers) if offer != NO_MAP)
+    differing = [place for place, offer in enumerate(offers) if offer not in (NO_MAP, offers[first])]
+    if differing:
+        raise Disagreement(differing, first)
+    return offers[first]
