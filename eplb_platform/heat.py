@@ -96,6 +96,9 @@ class HeatWindows:
         """
         if physical_load is not None and not is_dummy and self.collection.counts(phase):
             self._add(physical_load, expert_map)
+        self._end_pass()
+
+    def _end_pass(self) -> None:
         completes = (self._steps + 1) % self.steps_per_window == 0
         if completes:
             self._fold_layers(np.arange(len(self._physical)))
@@ -135,6 +138,15 @@ class HeatWindows:
         for number in range(max(first, oldest_kept), end):
             load[number - first] = self._windows[number % kept]
         return load
+
+    def skip_to(self, steps: int) -> None:
+        """Count on to `steps_recorded` = `steps`, as if the passes meanwhile had had no load."""
+        if steps - self._steps >= len(self._windows) * self.steps_per_window:
+            self._windows[...] = 0
+            self._physical[...] = 0
+            self._steps = steps
+        while self._steps < steps:
+            self._end_pass()
 
     def clear(self) -> None:
         """Forget all load and count windows from 0 again; every rank must, at the same step."""

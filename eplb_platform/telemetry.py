@@ -8,14 +8,14 @@ one worker, so that a restart is the reset to zero that Prometheus knows, and is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, TypeAlias
 
-from eplb_platform.runtime.cycle import PLANNING_RANK, Outcome, Stage
+from eplb_platform.runtime.cycle import Outcome, Stage
 from eplb_platform.snapshot_files import ModelStatus, Snapshot
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PREFIX = "eplb_"
 ALIVE_WITHIN_S = 10.0
 """A snapshot older than this, or a step that takes longer, is a sign of death."""
-STATES = ("idle", "paused", "closed", *Stage)
+STATES = ("idle", "inactive", "paused", "closed", *Stage)
 MODEL_LABELS = ("model", "pipeline_stage")
 
 _Samples: TypeAlias = Mapping[tuple[str, ...], float | None]
@@ -86,15 +86,26 @@ class Metric:
 
         build = CounterMetricFamily if self.kind is Kind.COUNTER else GaugeMetricFamily
         family: MetricFamily = build(f"{PREFIX}{self.name}", self.meaning, labels=self.labels)
+        planning = _planning_ranks(observations)
         for seen in observations:
             worker = seen.worker
-            if not self.by_rank and worker.rank != PLANNING_RANK:
+            if not self.by_rank and worker.rank != planning[seen.model, worker.stage]:
                 continue
             place = (seen.model, str(worker.stage), *([str(worker.rank)] if self.by_rank else []))
             for own, value in self.samples(seen).items():
                 if value is not None:
                     family.add_metric((*place, *own), value)  # type: ignore[attr-defined]
         return family
+
+
+def _planning_ranks(observations: Sequence[Observation]) -> dict[tuple[str, int], int]:
+    """The rank that plans for each model and stage: the lowest that is active, or the lowest of all."""
+    ranks: dict[tuple[str, int], tuple[bool, int]] = {}
+    for seen in observations:
+        place = seen.model, seen.worker.stage
+        found = seen.status.state == "inactive", seen.worker.rank
+        ranks[place] = min(ranks.get(place, found), found)
+    return {place: rank for place, (_, rank) in ranks.items()}
 
 
 def _field(name: str) -> Callable[[Observation], _Samples]:

@@ -188,7 +188,14 @@ def resize_chunks(
     source = np.full(len(layer), -1, dtype=np.int32)
     of_copied = np.concatenate([[0], np.cumsum(copied)]).astype(np.int32)[start]
     source[copied] = choose_sources(
-        before, after, layer[copied], slot[copied], of_copied, current.num_logical_experts, slots, node_of_rank
+        before,
+        after,
+        layer[copied],
+        slot[copied],
+        of_copied,
+        current.num_logical_experts,
+        slots,
+        node_of_rank,
     )
     shown = _slots_of(staying, current)
     content = np.array(current.physical_to_logical)

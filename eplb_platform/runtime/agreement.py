@@ -32,7 +32,7 @@ class CycleAborted(RuntimeError):
 
 
 class Disagreement(ValueError):
-    """Offers that must not differ do: those at `places` from the one at `first`, counted as they were given."""
+    """Offers that must not differ do: those at `places` from the one at `first`, as they were given."""
 
     def __init__(self, places: Sequence[int], first: int = 0) -> None:
         super().__init__(f"offers {list(places)} differ from offer {first}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -16,7 +17,6 @@ from eplb_platform.heat import HeatWindows, Phase
 from eplb_platform.records import RecordError
 from eplb_platform.runtime.commit import Commit
 from eplb_platform.runtime.cycle import (
-    PLANNING_RANK,
     Cycle,
     CycleReport,
     CycleRules,
@@ -26,19 +26,28 @@ from eplb_platform.runtime.cycle import (
 )
 from eplb_platform.runtime.gate import ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings
+from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.ports import Background, Planner, Recorder, Tracer, run_blocking
+from eplb_platform.runtime.resize_meeting import Presence, ResizeMeetings, Verdict
+from eplb_platform.runtime.resizing import Resizing
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.stats import BalancerStats
 from eplb_platform.runtime.step_loads import StepLoads
 from eplb_platform.runtime.weighting import RoutingTables
+from eplb_platform.topology import Topology
 
 if TYPE_CHECKING:
-    from eplb_platform.migration.transfer import Migrator
+    from contextlib import AbstractContextManager
+
+    from eplb_platform.migration.schedule import Chunk
+    from eplb_platform.migration.transfer import LoadExpert, Migrator
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUTS = 2.0
 """The forward thread waits for a decision at most this many transfer time-outs."""
+RESIZE_TIMEOUTS = 4.0
+"""A step of a resize waits this many: a rank may end a cycle first."""
 LOOK_AGAIN_S = 0.005
 
 
@@ -56,6 +65,15 @@ class LockedHeat:
     ) -> None:
         with self._lock:
             self._windows.record(load, expert_map, phase=phase, is_dummy=is_dummy)
+
+    def passes(self) -> int:
+        """Passes recorded since the start."""
+        with self._lock:
+            return self._windows.steps_recorded
+
+    def skip_to(self, passes: int) -> None:
+        with self._lock:
+            self._windows.skip_to(passes)
 
     def completed_windows(self) -> int:
         with self._lock:
@@ -77,6 +95,7 @@ class Balancer:
     expert_map: what the weights follow now
     tables: what `model` routes by now, a `WeightedModel`; None where replicas always share evenly
     model_name: for the log
+    lend_migrator: gives one for a resize where the configuration moves nothing else
     """
 
     def __init__(
@@ -97,6 +116,7 @@ class Balancer:
         step_loads: StepLoads | None,
         tracer: Tracer | None,
         background: Background,
+        lend_migrator: Callable[[], AbstractContextManager[Migrator]] | None = None,
         on_stage: Callable[[Stage], None] | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
@@ -116,6 +136,8 @@ class Balancer:
         self._step_loads = step_loads
         self._tracer = tracer
         self._background = background
+        self._lend_migrator = lend_migrator
+        self._resizes = ResizeMeetings(meetings.plane, link)
         self._observe_stage = on_stage
         self._on_close = on_close
         self._stage: Stage | None = None
@@ -146,7 +168,8 @@ class Balancer:
         physical_load: [layers, physical], tokens that this rank sent to each slot in the pass; None for none.
         counted_by: the map that they were sent by, where a device's counts come some passes late; by default
             the map in force.
-        Raises `ForwardStopped` when this rank cannot learn whether to commit: it must then not serve on.
+        Raises `ForwardStopped` when this rank cannot learn whether to commit, and where it is not active: it
+        must then not serve on.
         """
         run_blocking(self.stepping(physical_load, phase=phase, is_dummy=is_dummy, counted_by=counted_by))
 
@@ -159,6 +182,8 @@ class Balancer:
         counted_by: ExpertMap | None = None,
     ) -> None:
         """As `step`."""
+        if not self.is_active:
+            raise ForwardStopped(f"rank {self._link.rank} is not active: it serves after a `resize` with it")
         started = self._step_started = self._link.clock.now()
         self.stats.steps += 1
         self.stats.dummy_steps += is_dummy
@@ -237,6 +262,61 @@ class Balancer:
         await self._meet("drain", "", timeout_s)
         await self._await_end_of_cycle("drain")
 
+    def resize(
+        self,
+        active_ranks: Iterable[int],
+        *,
+        dead: Iterable[int] | None = None,
+        load_expert: LoadExpert | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Go on with other active ranks: ranks leave, drained or dead, and join. The tables keep their size.
+
+        Call it on every rank that is active now or will be and lives, with the same arguments, between two
+        passes. The running cycle ends; a commit that is agreed for a later step is executed. Experts that
+        only ranks that leave have are moved to ranks that stay or join, the slots of ranks that join are
+        filled, and all active ranks make the same passes from now on; the next `step` starts a cycle. On a
+        rank that leaves, `is_active` is False when this returns; it may join again later.
+
+        dead: ranks that are waited for by nobody. None: a rank that leaves and does not come within
+            `timeout_s` is dead. A rank that died and was started anew joins, dead or not.
+        load_expert: called with (layer, logical expert) for experts without a living replica, on the ranks
+            that get them; returns the parameters as in `expert_weights`. By default the model's own
+            `load_expert`, if it has one.
+        timeout_s: how long to wait for the other ranks; the transfer time-out by default
+        Raises ValueError for ranks that do not exist. Raises `LostExpertsError`, which names them, for
+            experts that no living rank has and nothing loads, and `ResizeError` when a rank does not come,
+            means something else or fails: the active ranks are then what they were, on every rank, and it may
+            be called again, with other ranks too. Raises `ForwardStopped` when this rank must not serve on.
+        """
+        run_blocking(self.resizing(active_ranks, dead=dead, load_expert=load_expert, timeout_s=timeout_s))
+
+    async def resizing(
+        self,
+        active_ranks: Iterable[int],
+        *,
+        dead: Iterable[int] | None = None,
+        load_expert: LoadExpert | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """As `resize`."""
+        given, link = self._expert_map.topology, self._link
+        active = Topology(given.num_ranks, given.num_nodes, active_ranks).active_ranks
+        gone = None if dead is None else _dead_ranks(dead, active, given.num_ranks)
+        if link.gate.failure is not None:
+            raise ForwardStopped(f"resize: rank {link.rank}: an earlier commit is undecided: start it anew")
+        load = load_expert or getattr(self._model, "load_expert", None)
+        limit = self._rules.timeout_s if timeout_s is None else timeout_s
+        self._wish_to_end = "resize was called"
+        try:
+            verdict = await self._hold_resize(active, gone, load is not None, limit)
+            if link.rank in verdict.present:
+                await self._take_part(verdict, load)
+            else:
+                await self._leave(verdict, self._expert_map)
+        finally:
+            self._wish_to_end = ""
+
     def close(self) -> None:
         """End the running cycle, stop the background thread and give back the group. Idempotent."""
         run_blocking(self.closing())
@@ -261,11 +341,18 @@ class Balancer:
         return self._expert_map
 
     @property
+    def is_active(self) -> bool:
+        """Whether this rank takes tokens."""
+        return self._link.rank in self._link.members
+
+    @property
     def state(self) -> str:
-        """closed, paused, idle, or the stage of the running cycle."""
+        """closed, inactive, paused, idle, or the stage of the running cycle."""
         if self._stage is not None:
             return str(self._stage)
-        return "closed" if self._is_closed else "paused" if self._is_paused else "idle"
+        if self._is_closed:
+            return "closed"
+        return "inactive" if not self.is_active else "paused" if self._is_paused else "idle"
 
     def snapshot(self) -> Mapping[str, object]:
         """This rank's state as plain data for JSON: `status` and the map in force."""
@@ -296,14 +383,10 @@ class Balancer:
 
         A record that cannot be written is reported, as in any cycle; a load trace likewise.
         """
-        if self._link.rank != PLANNING_RANK:
+        if not self._link.plans:
             return
         if self._recorder is not None:
-            try:
-                run_blocking(self._recorder.record(self._expert_map, keep_earlier=False))
-                self.stats.records_written += 1
-            except RecordError as error:
-                self._report_failed_record("at the start", "expert map", error)
+            run_blocking(self._record_at("at the start", self._expert_map))
         if self._tracer is not None:
             self.stats.trace_steps = 0
             try:
@@ -311,13 +394,21 @@ class Balancer:
             except RecordError as error:
                 self._report_failed_record("at the start", "load trace", error)
 
+    async def _record_at(self, when: str, expert_map: ExpertMap) -> None:
+        assert self._recorder is not None
+        try:
+            await self._recorder.record(expert_map, keep_earlier=False)
+            self.stats.records_written += 1
+        except RecordError as error:
+            self._report_failed_record(when, "expert map", error)
+
     def _report_failed_record(self, when: str, what: str, error: object) -> None:
         self.stats.failed_records += 1
         self.stats.last_error = str(error)
         logger.warning("%s: the %s was not recorded: %s", when, what, error)
 
     def _close_trace(self) -> None:
-        if self._tracer is None or self._link.rank != PLANNING_RANK:
+        if self._tracer is None or not self._link.plans:
             return
         try:
             self._tracer.close()
@@ -357,6 +448,147 @@ class Balancer:
             model = cast(WeightedModel, self._model)
             model.apply_tables(layers, expert_map, tables.logical_to_physical[chosen], tables.count[chosen])
         self._expert_map, self._tables = expert_map, tables
+
+    # --- other active ranks ---
+
+    async def _hold_resize(
+        self, active: Sequence[int], dead: list[int] | None, can_load: bool, timeout_s: float
+    ) -> Verdict:
+        """A verdict that is also about this rank; one that was left out before joins."""
+        rank = self._link.rank
+        while True:
+            before = self._link.members if self.is_active else ()
+            presence = await self._presence(active, dead, can_load)
+            verdict = await self._resizes.hold(presence, before, timeout_s)
+            if verdict.includes(rank, presence.incarnation) or rank not in active:
+                return verdict
+            await self._leave(verdict, self._expert_map)
+
+    async def _presence(self, active: Sequence[int], dead: list[int] | None, can_load: bool) -> Presence:
+        link, in_force = self._link, self._expert_map
+        topology = in_force.topology
+        return Presence(
+            await self._resizes.incarnation(),
+            is_member=self.is_active,
+            active_ranks=list(active),
+            dead=dead,
+            model=[
+                *in_force.physical_to_logical.shape,
+                in_force.num_logical_experts,
+                topology.num_ranks,
+                topology.num_nodes,
+            ],
+            can_load=can_load,
+            epoch=max(link.epoch, link.wanted_epoch),
+            boundary=link.gate.boundary,
+            passes=self._heat.passes(),
+            traced=0 if self._step_loads is None else self._step_loads.recorded,
+            cycle=self._next_cycle,
+        )
+
+    async def _take_part(self, verdict: Verdict, load: LoadExpert | None) -> None:
+        link, started = self._link, self._link.clock.now()
+        if verdict.dead:
+            link.break_group()  # what is pending with them never ends by itself
+        with ExitStack() as until_moved:
+            resizing = Resizing(
+                link,
+                self._meetings.plane,
+                self._resizes.scope,
+                verdict,
+                RESIZE_TIMEOUTS * self._rules.timeout_s,
+                model_map=self._expert_map,
+                end_cycle=self._end_cycle_for_resize,
+                make_staging=lambda: self._stage_for_resize(until_moved, load),
+                swap=self._swap_for_resize,
+            )
+            try:
+                target = await resizing.run()
+            finally:
+                self._resizes.forget_later(resizing.keys)
+        if link.rank in verdict.active_ranks:
+            await self._go_on(verdict, target)
+            if not (resizing.has_group and verdict.present == verdict.active_ranks):
+                link.break_group()  # the next cycle makes one of the active ranks
+        else:
+            await self._leave(verdict, target)
+        if link.plans:
+            logger.info(
+                "resize: ranks %s are active; left: %s, gone: %s, joined: %s; %d experts moved, %d of them "
+                "loaded, %.2f s",
+                list(link.members), sorted({*verdict.members} - {*link.members}), verdict.dead,
+                verdict.joining, resizing.moved, resizing.loaded, link.clock.now() - started,
+            )  # fmt: skip
+
+    async def _end_cycle_for_resize(self) -> ExpertMap:
+        await self._await_end_of_cycle("resize")
+        return self._expert_map
+
+    def _stage_for_resize(self, until_moved: ExitStack, load: LoadExpert | None) -> int:
+        migrator = self._migrator
+        if migrator is None:
+            if self._lend_migrator is None:
+                raise RuntimeError("nothing here can move experts")
+            migrator = self._migrator = until_moved.enter_context(self._lend_migrator())
+            until_moved.callback(setattr, self, "_migrator", None)
+        migrator.load_with(load)
+        until_moved.callback(migrator.load_with, None)
+        return migrator.staging.slots
+
+    def _swap_for_resize(self, chunk: Chunk) -> None:
+        assert self._migrator is not None
+        self._migrator.swap(chunk)
+        if self.is_active:
+            self._route(chunk.layers, chunk.map_after, self._tables_with_even(chunk.layers, chunk.map_after))
+
+    def _tables_with_even(self, layers: Sequence[int], expert_map: ExpertMap) -> RoutingTables | None:
+        if self._tables is None:
+            return None
+        return self._tables.with_layers(layers, RoutingTables.even(expert_map, self._tables.width))
+
+    async def _go_on(self, verdict: Verdict, target: ExpertMap) -> None:
+        """The ranks of the verdict are active from now on, this one among them."""
+        link, was_planning = self._link, self._link.plans and self.is_active
+        await self._forget_generation(verdict)
+        link.gate.start_anew(verdict.boundary)
+        self._heat.skip_to(verdict.passes)
+        if self._step_loads is not None:
+            self._step_loads.skip_to(verdict.traced, target)
+        layers = range(target.num_layers)
+        self._route(layers, target, self._tables_with_even(layers, target))
+        self._map_since = link.clock.now()
+        self._next_cycle = verdict.cycle
+        self._last_start = self.stats.steps
+        self._is_requested = True
+        self.stats.resizes += 1
+        if link.plans and not was_planning:
+            await self._take_over()
+        if link.plans and self._recorder is not None and self._rules.moves_experts:
+            await self._record_at("resize", self._expert_map)
+
+    async def _take_over(self) -> None:
+        """This rank plans and records from now on."""
+        if isinstance(self._planner, AlgorithmPlanner) and self.config.observes:
+            self._planner.warm_up()
+        if self.config.trace_record_path is not None and self._tracer is None:
+            logger.warning("the load trace ends: the rank that kept it is not active any more")
+
+    async def _leave(self, verdict: Verdict, expert_map: ExpertMap) -> None:
+        """This rank is not active any more."""
+        self._link.break_group()
+        await self._await_end_of_cycle("resize")
+        await self._forget_generation(verdict)
+        self._link.gate.start_anew(0)
+        self._close_trace()
+        self._expert_map = expert_map
+        logger.info("rank %d is not active any more; active: %s", self._link.rank, verdict.active_ranks)
+
+    async def _forget_generation(self, verdict: Verdict) -> None:
+        link = self._link
+        stale, link.finished_keys = link.finished_keys, ()
+        link.members, link.generation = tuple(verdict.active_ranks), self._resizes.generation
+        await self._meetings.plane.forget(stale)
+        await self._meetings.start_anew()
 
     # --- cycles ---
 
@@ -462,7 +694,7 @@ class Balancer:
             self.stats.records_written += 1
         if report.trace_error:
             self._report_failed_record(f"cycle {report.number}", "load trace", report.trace_error)
-        if self._tracer is not None and self._link.rank == PLANNING_RANK:
+        if self._tracer is not None and self._link.plans:
             self.stats.trace_steps = self._tracer.num_steps
 
     def _account_balancedness(self, report: CycleReport) -> None:
@@ -496,12 +728,21 @@ class Balancer:
                 "cycle %d failed after %d commits, the map in force stays: %s",
                 report.number, report.chunks_committed, report.reason,
             )  # fmt: skip
-        elif self._link.rank == PLANNING_RANK:
+        elif self._link.plans:
             logger.info(
                 "cycle %d: %s, %d experts in %d commits%s%s",
                 report.number, report.outcome, report.moved_experts, report.chunks_committed,
                 _gain(report), f" ({report.reason})" if report.reason else "",
             )  # fmt: skip
+
+
+def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> list[int]:
+    ranks = sorted(set(dead))
+    for rank in ranks:
+        if rank in active or not 0 <= rank < num_ranks:
+            why = "is to be active" if rank in active else f"is not one of {num_ranks} ranks"
+            raise ValueError(f"dead rank {rank} {why}")
+    return ranks
 
 
 def _gain(report: CycleReport) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class Stage(StrEnum):
     """Where a cycle is; the names that logs, `Balancer.state` and stage observers use."""
 

@@ -149,6 +149,18 @@ class CommitGate:
         with self.changed:
             self._is_dropping = False
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why a decision cannot be learnt."""
+        return self._failure
+
+    def start_anew(self, boundary: int) -> None:
+        """No cycle runs, and other ranks are active from now on: count boundaries from this one."""
+        with self.changed:
+            self._boundary = boundary
+            self._promise = self._commit_at = self._commit = self._failure = None
+            self.changed.notify_all()
+
     def close(self) -> None:
         """The forward thread makes no more passes: what is agreed and not committed yet never will be."""
         with self.changed:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,8 @@ from eplb_platform.migration.schedule import Chunk
 from eplb_platform.runtime.ports import Background, Clock, Group, run_blocking
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from eplb_platform.backend import Backend
     from eplb_platform.migration.transfer import Migrator
 
@@ -60,6 +63,15 @@ class BackendGroup(Group):
         self._migrator = migrator
         self._timeout_s = timeout_s
         self._ranks = tuple(ranks)
+
+    @contextmanager
+    def lent(self, migrator: Migrator) -> Iterator[Migrator]:
+        """Let `fetch` use `migrator` for a while, where there is no other."""
+        self._migrator = migrator
+        try:
+            yield migrator
+        finally:
+            self._migrator = None
 
     async def rebuild(self, epoch: int, ranks: Sequence[int]) -> None:
         if tuple(ranks) == self._ranks:

@@ -120,6 +120,10 @@ class ResizeMeetings:
             self._incarnation = await self.plane.count(f"resize/incarnation/{self._link.rank}")
         return self._incarnation
 
+    def forget_later(self, keys: Sequence[str]) -> None:
+        """Keys of the attempt that was held last; a rank that leaves may still read them."""
+        self._stale = [*self._stale, *keys]
+
     @property
     def scope(self) -> str:
         """Of what belongs to the attempt that was held last."""
@@ -250,7 +254,7 @@ class _Roll:
             incarnation_of={str(rank): presence.incarnation for rank, presence in came.items()},
             members=members,
             can_load=all(presence.can_load for presence in going_on),
-            epoch=max(presence.epoch for presence in came.values()) + 1,
+            epoch=max(presence.epoch for presence in came.values()) + 2,  # a cycle may take one more yet
             boundary=max(presence.boundary for presence in going_on),
             passes=max(presence.passes for presence in going_on),
             traced=max(presence.traced for presence in going_on),

@@ -7,9 +7,9 @@ what was moved by then was moved on all of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -58,22 +58,6 @@ def named(experts: Sequence[tuple[int, int]]) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-class ResizedRank(Protocol):
-    """What a resize asks of its rank's balancer."""
-
-    async def end_cycle(self) -> ExpertMap:
-        """End the running cycle, execute what was agreed; returns the map in force."""
-        ...
-
-    def stage_chunks_of(self) -> int:
-        """Make ready to move experts; returns how many fit in the staging."""
-        ...
-
-    def swap(self, chunk: Chunk) -> None:
-        """Put what was fetched for `chunk` in place, and route by its map where it is routed by already."""
-        ...
-
-
 @dataclass
 class Resizing:
     """One resize on one rank.
@@ -81,6 +65,9 @@ class Resizing:
     plane: the forward thread's
     scope: keeps its places apart from others'
     model_map: for the shape, where this rank joins
+    end_cycle: ends the running cycle, executes what was agreed, and returns the map in force
+    make_staging: makes ready to move experts and returns how many can be staged
+    swap: puts in place what was fetched for a chunk
     """
 
     link: RankLink
@@ -88,8 +75,10 @@ class Resizing:
     scope: str
     verdict: Verdict
     timeout_s: float
-    rank: ResizedRank
     model_map: ExpertMap
+    end_cycle: Callable[[], Awaitable[ExpertMap]]
+    make_staging: Callable[[], int]
+    swap: Callable[[Chunk], None]
 
     def __post_init__(self) -> None:
         self._is_member = self.link.rank in self.verdict.members
@@ -104,6 +93,8 @@ class Resizing:
         self.moved = 0
         """Experts that were moved or loaded, over all ranks."""
         self.loaded = 0
+        self.has_group = False
+        """Whether the group is now one of those that took part."""
 
     @property
     def keys(self) -> Sequence[str]:
@@ -118,12 +109,13 @@ class Resizing:
         """
         verdict, link = self.verdict, self.link
         try:
-            current = await self.rank.end_cycle() if self._is_member else None
+            current = await self.end_cycle() if self._is_member else None
             await self._agree("ended", NO_MAP if current is None else fingerprint(current), _one_map)
-            moves = current is None or self._needs_moves(current)
-            link.epoch = link.wanted_epoch = verdict.epoch
+            moves = bool(await self._agree("moves", int(current is None or self._needs_moves(current))))
+            link.epoch = verdict.epoch
             if moves:
                 await link.group.rebuild(verdict.epoch, verdict.present)
+                self.has_group = True
             current, target = await self._maps(current, moves)
             await self._agree("target", fingerprint(current, target), same)
             if moves:
@@ -133,15 +125,14 @@ class Resizing:
         except CycleAborted as aborted:
             self._give_up()
             raise ResizeError(f"resize: {aborted}; the active ranks are what they were") from aborted
-        except ForwardStopped:
-            self._give_up()
-            raise
         except Exception as error:
             await self._fail(error)
 
     def _needs_moves(self, current: ExpertMap) -> bool:
         """Raises `LostExpertsError` on every member."""
-        lost = experts_without(current, [r for r in range(self.link.num_ranks) if r not in self.verdict.members])
+        lost = experts_without(
+            current, [r for r in range(self.link.num_ranks) if r not in self.verdict.members]
+        )
         if lost:
             names = named(lost)
             logger.error("rank %d: experts without a living replica: %s", self.link.rank, names)
@@ -181,22 +172,24 @@ class Resizing:
             await self.link.group.fetch(chunk)
             chunk.map_after.derive_tables()
             await self._agree(f"chunk/{index}")
-            self.rank.swap(chunk)
+            self.swap(chunk)
             self.moved += chunk.num_moves
             self.loaded += int((chunk.source < 0).sum())
 
     async def _staging_slots(self) -> int:
         """Ranks that were started at different times may have room for different numbers."""
-        return await self._agree("staging", self.rank.stage_chunks_of(), min)
+        return await self._agree("staging", self.make_staging(), min)
 
-    async def _agree(self, place: str, offer: int = 0, choose=max) -> int:  # type: ignore[no-untyped-def]
+    async def _agree(self, place: str, offer: int = 0, choose: Callable[[Sequence[int]], int] = max) -> int:
         try:
             return await self._places.decide(place, offer, choose, timeout_s=self.timeout_s)
         except CycleAborted:
             raise
         except Exception as error:
             rank = self.link.rank
-            raise ForwardStopped(f"resize: rank {rank} cannot learn what became of {place!r}: {error}") from error
+            raise ForwardStopped(
+                f"resize: rank {rank} cannot learn what became of {place!r}: {error}"
+            ) from error
 
     def _give_up(self) -> None:
         """The group that was made for this is of no use; the next cycle makes one of the ranks before."""
@@ -210,7 +203,7 @@ class Resizing:
         except Exception as lost:
             logger.error("rank %d: cannot tell the other ranks: %s", self.link.rank, lost)
         self._give_up()
-        if isinstance(error, ResizeError):
+        if isinstance(error, ResizeError | ForwardStopped):
             raise error
         raise ResizeError(f"resize: {reason}; the active ranks are what they were") from error
 

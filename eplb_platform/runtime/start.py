@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +19,7 @@ from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.agreement import Agreement
 from eplb_platform.runtime.balancer import Balancer, LockedHeat
-from eplb_platform.runtime.cycle import PLANNING_RANK, CycleRules, RankLink, Stage
+from eplb_platform.runtime.cycle import CycleRules, RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.meeting import ForwardMeetings
@@ -61,7 +61,10 @@ def start_balancer(
     tracer: Tracer | None = None,
     on_stage: Callable[[Stage], None] | None = None,
 ) -> Balancer:
-    """Start balancing `model` on this rank; every rank of the group calls it, and it returns when all have.
+    """Start balancing `model` on this rank; every active rank calls it, and it returns when all have.
+
+    Active are the ranks that `model.expert_map` names so. Another rank may call it at any time: it meets
+    nobody, is not active, and joins with `Balancer.resize`; of its map only the shape and the topology count.
 
     store: shared by all ranks; the balancer and its backend take clients of their own.
     name: keeps the keys of several models in one store apart.
@@ -69,9 +72,10 @@ def start_balancer(
     deploy: a map, the same on every rank, that the weights are moved to before this returns; balancing
         starts from there. The number of nodes is that of `model.expert_map`, whatever a file says.
     planner: plans in place of the configured algorithm.
-    recorder: records in place of a `MapRecorder` for `expert_map_record_path`; used on rank 0 only.
+    recorder: records in place of a `MapRecorder` for `expert_map_record_path`; used on the
+        first active rank only.
     tracer: keeps the load of every step in place of a `TraceRecorder`, where `trace_record_path` is set; used
-        on rank 0 only.
+        on the first active rank only.
     on_stage: called in the background thread whenever a cycle enters a stage.
     Raises ValueError for an unknown algorithm and for too little staging memory, `GroupError` when not every
     rank comes, and `DeploymentError` when ranks start from different maps or `deploy` cannot be reached; the
@@ -84,33 +88,36 @@ def start_balancer(
     num_ranks = model.expert_map.topology.num_ranks
     with ExitStack() as undo:
         undo.callback(backend.close)
-        backend.connect(PrefixStore(name, store), rank, num_ranks, config.transfer_timeout_s)
-        backend.warm_up()
+        members = model.expert_map.topology.active_ranks
+        _connect(backend, PrefixStore(name, store), rank, num_ranks, members, config.transfer_timeout_s)
         migrator = _new_migrator(config, model, backend, rank) if config.moves_experts else None
         gate = CommitGate()
+        group = BackendGroup(backend, migrator, config.transfer_timeout_s, members if rank in members else ())
         link = RankLink(
             rank,
             num_ranks,
             plane=StoreControlPlane(PrefixStore(name, _client_of(store))),
-            group=BackendGroup(backend, migrator, config.transfer_timeout_s),
+            group=group,
             clock=ThreadClock(gate.changed),
             gate=gate,
+            members=members,
         )
-        expert_map = _deploy(config, model, backend, link, migrator, deploy)
+        expert_map = model.expert_map
+        if rank in members:
+            expert_map = _deploy(config, model, backend, link, migrator, deploy)
         balancer = assemble(
             config,
             model,
             link,
-            ForwardMeetings(
-                StoreControlPlane(PrefixStore(name, _client_of(store))), link.clock, rank, num_ranks
-            ),
+            ForwardMeetings(StoreControlPlane(PrefixStore(name, _client_of(store))), link),
             model_name=model_name or name,
             expert_map=expert_map,
             migrator=migrator,
-            planner=planner or _planner(config, num_expert_groups, rank),
+            planner=planner or _planner(config, num_expert_groups, link.plans),
             recorder=recorder or _map_recorder(config),
-            tracer=tracer or _trace_recorder(config, model, rank, model_name),
+            tracer=tracer or _trace_recorder(config, model, link.plans, model_name),
             background=BackgroundThread(f"{name}-cycle"),
+            lend_migrator=lambda: group.lent(_new_migrator(config, model, backend, rank)),
             on_stage=on_stage,
             on_close=backend.close,
         )
@@ -132,6 +139,7 @@ def assemble(
     recorder: Recorder | None,
     tracer: Tracer | None,
     background: Background,
+    lend_migrator: Callable[[], AbstractContextManager[Migrator]] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> Balancer:
@@ -155,12 +163,27 @@ def assemble(
         step_loads=_step_loads(config, model),
         tracer=tracer,
         background=background,
+        lend_migrator=lend_migrator,
         on_stage=on_stage,
         on_close=on_close,
     )
     if migrator is not None:
         balancer.stats.staging_bytes = migrator.staging.nbytes
     return balancer
+
+
+def _connect(
+    backend: Backend, store: Store, rank: int, num_ranks: int, members: Sequence[int], timeout_s: float
+) -> None:
+    """The group of the active ranks; a rank that is none of them meets nobody yet."""
+    if len(members) == num_ranks:
+        backend.connect(store, rank, num_ranks, timeout_s)
+    else:
+        backend.attach(store, rank, num_ranks, timeout_s)
+        if rank not in members:
+            return
+        backend.regroup(0, members)
+    backend.warm_up()
 
 
 def _deploy(
@@ -172,7 +195,7 @@ def _deploy(
     target: ExpertMap | None,
 ) -> ExpertMap:
     """Bring the weights to `target`; staging that nothing needs afterwards is freed."""
-    places = Agreement(link.plane, link.clock, scope="start", rank=link.rank, num_ranks=link.num_ranks)
+    places = Agreement(link.plane, link.clock, scope="start", rank=link.rank, ranks=link.members)
     deployment = Deployment(
         model,
         backend,
@@ -223,7 +246,7 @@ def _rules(config: EplbConfig, migrator: Migrator | None) -> CycleRules:
     )
 
 
-def _planner(config: EplbConfig, num_expert_groups: int, rank: int) -> AlgorithmPlanner:
+def _planner(config: EplbConfig, num_expert_groups: int, plans: bool) -> AlgorithmPlanner:
     """The configured algorithm, ready to plan on the rank that does."""
     planner = AlgorithmPlanner(
         algorithm=config.algorithm,
@@ -233,7 +256,7 @@ def _planner(config: EplbConfig, num_expert_groups: int, rank: int) -> Algorithm
         max_moved_experts_per_layer=config.max_moved_experts_per_layer,
         history=None if config.moves_experts else LoadHistory(),
     )
-    if config.observes and rank == PLANNING_RANK:
+    if config.observes and plans:
         planner.warm_up()
     return planner
 
@@ -267,10 +290,10 @@ def _step_loads(config: EplbConfig, model: ServedModel) -> StepLoads | None:
 
 
 def _trace_recorder(
-    config: EplbConfig, model: ServedModel, rank: int, model_name: str | None
+    config: EplbConfig, model: ServedModel, plans: bool, model_name: str | None
 ) -> TraceRecorder | None:
     """What the model says of itself goes into the trace: `num_experts_per_token`, `first_moe_layer`."""
-    if config.trace_record_path is None or rank != PLANNING_RANK:
+    if config.trace_record_path is None or not plans:
         return None
     said = {
         "model": model_name or getattr(model, "model_name", None),

@@ -24,6 +24,7 @@ class BalancerStats:
     cancelled_cycles: int = 0
     commits: int = 0
     invalidations: int = 0
+    resizes: int = 0
     moved_experts: int = 0
     skipped_layers: int = 0
     bytes_received: int = 0

@@ -72,6 +72,21 @@ class StepLoads:
                 self._forget(1)
                 self._lost += 1
 
+    @property
+    def recorded(self) -> int:
+        """Passes counted so far."""
+        return self._recorded
+
+    def skip_to(self, passes: int, expert_map: ExpertMap) -> None:
+        """Count on to `passes`: those meanwhile were made by other ranks alone."""
+        first_kept = passes - self._capacity
+        if self._recorded < first_kept:
+            with self._lock:
+                self._passes.clear()
+            self._recorded = first_kept
+        while self._recorded < passes:
+            self.record(None, expert_map, is_dummy=True)
+
     def kept(self) -> tuple[int, int]:
         """Numbers of the first pass that is kept and of the one after the last."""
         with self._lock:

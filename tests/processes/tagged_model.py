@@ -38,16 +38,17 @@ class TaggedModel:
         rank: int,
         num_ranks: int,
         num_redundant_experts: int = NUM_REDUNDANT,
+        active_ranks: Sequence[int] | None = None,
     ) -> None:
-        topology = Topology(num_ranks)
+        topology = Topology(num_ranks, active_ranks=active_ranks)
         self.rank = rank
         self.expert_map = ExpertMap.initial(NUM_LAYERS, NUM_EXPERTS, topology, num_redundant_experts)
         self._backend = backend
         self._slots = self.expert_map.slots_per_rank
-        self._group = ProcessGroupGloo(
-            PrefixStore("model", store.clone()), rank, num_ranks, timedelta(seconds=MODEL_TIMEOUT_S)
-        )
+        self._store = store
         self._num_ranks = num_ranks
+        if rank in topology.active_ranks:
+            self.use_ranks(topology.active_ranks, "")
         local = torch.from_numpy(np.array(self.expert_map.by_rank()[:, rank]))
         self.expert_weights = [
             [
@@ -61,6 +62,19 @@ class TaggedModel:
         self._counts = torch.from_numpy(np.array(self.expert_map.replica_count))
         self._width = width
         self.collectives = 0
+
+    def use_ranks(self, ranks: Sequence[int], name: str) -> None:
+        """The model's own group is of these ranks from now on."""
+        self._ranks = list(ranks)
+        store = PrefixStore(f"model{name}", self._store.clone())
+        timeout = timedelta(seconds=MODEL_TIMEOUT_S)
+        self._group = ProcessGroupGloo(store, self._ranks.index(self.rank), len(ranks), timeout)
+
+    def forget_weights(self) -> None:
+        """As in a process that was just started."""
+        for first, second in self.expert_weights:
+            first.fill_(-7.0)
+            second.fill_(-7)
 
     def reload_weights(self, expert_map: ExpertMap) -> None:
         """Put every expert where `expert_map` says, in place, as a checkpoint loader does."""
@@ -122,10 +136,11 @@ class TaggedModel:
     def _read_all_weights(self) -> torch.Tensor:
         """int64 [layers, physical, parameters]: what each slot's parameters say."""
         mine = torch.stack([torch.stack((w[:, 0].long(), b[:, 0]), -1) for w, b in self.expert_weights])
-        parts = [torch.empty_like(mine) for _ in range(self._num_ranks)]
-        self._group.allgather([parts], [mine]).wait()
+        parts = {rank: torch.empty_like(mine) for rank in self._ranks}
+        self._group.allgather([list(parts.values())], [mine]).wait()
         self.collectives += 1
-        return torch.cat(parts, dim=1)
+        nothing = torch.full_like(mine, -1)
+        return torch.cat([parts.get(rank, nothing) for rank in range(self._num_ranks)], dim=1)
 
 
 def tag(layer: int, expert: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,12 @@ def join(
 ) -> Agreement:
     clock = ThreadClock(threading.Condition())
     return Agreement(
-        StoreControlPlane(store), clock, scope="cycle/0", rank=rank, ranks=range(num_ranks), is_ending=is_ending
+        StoreControlPlane(store),
+        clock,
+        scope="cycle/0",
+        rank=rank,
+        ranks=range(num_ranks),
+        is_ending=is_ending,
     )
 
 

@@ -115,7 +115,9 @@ class GlooBackend(Backend):
     def broadcast_on_host(self, values: NDArray[np.int64], source: int) -> NDArray[np.int64]:
         group = self._open_group()
         if source not in self._ranks:
-            raise ValueError(f"rank {self._rank}: source {source} is not one of the ranks {list(self._ranks)}")
+            raise ValueError(
+                f"rank {self._rank}: source {source} is not one of the ranks {list(self._ranks)}"
+            )
         result = np.array(_as_int64(values), order="C")
         if source == self._rank:
             group.exchange([_message(peer, result) for peer in group.peers], [], self._timeout_s)

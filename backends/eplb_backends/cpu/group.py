@@ -93,9 +93,7 @@ class GlooGroup:
                 raise GroupError(f"rank {self._rank}: {purpose}: the group was closed on this rank")
             if time.monotonic() > deadline:
                 missing = [
-                    rank
-                    for rank, key in keys.items()
-                    if not self._attempt(purpose, self._store.check, [key])
+                    rank for rank, key in keys.items() if not self._attempt(purpose, self._store.check, [key])
                 ]
                 self.close()
                 raise GroupError(

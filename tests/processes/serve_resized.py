@@ -1,0 +1,147 @@
+"""Runs of the tagged model in which ranks leave and join: what one rank does, for `RankPool`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed import Store
+
+from eplb_backends.cpu import CpuBackend
+from eplb_platform import EplbConfig
+from eplb_platform.runtime import Balancer, LostExpertsError, ResizeError, start_balancer
+from tests.processes.serve_tagged import DYNAMIC
+from tests.processes.tagged_model import NUM_EXPERTS, NUM_REDUNDANT, TaggedModel, tag
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A resize, and the passes after it. The first one of a run is the start: no resize."""
+
+    active: tuple[int, ...]
+    dead: tuple[int, ...] | None = ()
+    absent: tuple[int, ...] = ()
+    """Ranks that do not call `resize`, as if they were dead."""
+    fresh: tuple[int, ...] = ()
+    """Ranks that come as a process that was just started, without weights."""
+    steps: int = 60
+    can_load: bool = False
+    timeout_s: float | None = None
+    fails_on: int | None = None
+    """This rank's first transfer of the resize fails."""
+
+
+@dataclass
+class ResizeResult:
+    """What one rank saw, an item for each segment."""
+
+    wrong_tokens: int = 0
+    served: int = 0
+    errors: list[str] = field(default_factory=list)
+    lost: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    maps: list[NDArray[np.int32]] = field(default_factory=list)
+    active: list[bool] = field(default_factory=list)
+    misplaced: list[int] = field(default_factory=list)
+    commits: list[int] = field(default_factory=list)
+    cycles: list[int] = field(default_factory=list)
+    pauses_s: list[float] = field(default_factory=list)
+    last_error: str = ""
+
+
+class Server:
+    """One rank through all its lives."""
+
+    def __init__(
+        self, rank: int, num_ranks: int, store: Store, redundant: int, config: dict[str, object]
+    ) -> None:
+        self.rank, self.num_ranks, self.store = rank, num_ranks, store
+        self.redundant = redundant
+        self.config = EplbConfig.from_additional_config({"eplb_config": config}, environ={})
+        self.step = 0
+
+    def start(self, active: Sequence[int], *, is_fresh: bool) -> None:
+        self.backend = CpuBackend()
+        slots = (NUM_EXPERTS + self.redundant) // self.num_ranks
+        redundant = slots * len(active) - NUM_EXPERTS
+        self.model = TaggedModel(
+            self.backend, self.store, self.rank, self.num_ranks, redundant, active_ranks=active
+        )
+        if is_fresh:
+            self.model.forget_weights()
+        self.balancer: Balancer = start_balancer(
+            self.config, self.model, self.backend, self.store, self.rank, model_name="tagged"
+        )
+
+    def resize(self, segment: Segment, number: int) -> None:
+        if segment.fails_on == self.rank:
+            self.backend.exchange = self._fail_once  # type: ignore[method-assign]
+        load = self._load if segment.can_load else None
+        self.balancer.resize(segment.active, dead=segment.dead, load_expert=load, timeout_s=segment.timeout_s)
+        if self.balancer.is_active:
+            self.model.use_ranks(segment.active, f"/{number}")
+
+    def serve(self, steps: int, result: ResizeResult) -> None:
+        for _ in range(steps):
+            wrong, load = self.model.forward(self.step)
+            result.wrong_tokens += wrong
+            result.served += 1
+            self.balancer.step(load)
+            self.step += 1
+
+    def _load(self, layer: int, expert: int) -> list[torch.Tensor]:
+        said = tag(layer, torch.tensor([expert]))
+        return [said.float().repeat(8), said]
+
+    def _fail_once(self, sends: object, receives: object) -> None:
+        del self.backend.exchange  # type: ignore[method-assign]
+        raise RuntimeError("the transfer broke")
+
+
+def serve_resized(
+    rank: int,
+    num_ranks: int,
+    store: Store,
+    segments: Sequence[Segment],
+    redundant: int = NUM_REDUNDANT,
+    config: dict[str, object] | None = None,
+) -> ResizeResult:
+    """Serve all segments; a rank that is not active in one waits for the next."""
+    result = ResizeResult()
+    server = Server(rank, num_ranks, store, redundant, config or DYNAMIC)
+    server.start(segments[0].active, is_fresh=rank not in segments[0].active)
+    active = segments[0].active
+    for number, segment in enumerate(segments):
+        error, lost = "", ()
+        started = time.monotonic()
+        if number and rank in segment.fresh:
+            server.balancer.close()
+            others = [r for r in active if r != rank]
+            server.start(others, is_fresh=True)
+        if number and rank not in segment.absent and (rank in active or rank in segment.active):
+            server.step = max(int(store.get(f"step/{number - 1}")), server.step)
+            try:
+                server.resize(segment, number)
+            except ResizeError as failed:
+                error = str(failed)
+                lost = failed.experts if isinstance(failed, LostExpertsError) else ()
+        result.pauses_s.append(time.monotonic() - started)
+        result.errors.append(error)
+        result.lost.append(lost)
+        if not error:
+            active = segment.active
+        balancer = server.balancer
+        if balancer.is_active and rank in active and not (set(active) & set(segment.absent)):
+            server.serve(segment.steps, result)
+        store.set(f"step/{number}", str(server.step)) if rank == active[0] else None
+        result.maps.append(balancer.expert_map.physical_to_logical)
+        result.active.append(balancer.is_active)
+        result.misplaced.append(server.model.misplaced_experts(balancer.expert_map))
+        result.commits.append(balancer.stats.commits)
+        result.cycles.append(balancer.stats.cycles)
+        result.last_error = balancer.stats.last_error
+    server.balancer.close()
+    return result

@@ -1,0 +1,116 @@
+"""Ranks leave and join while a model serves, over gloo: every token by the right expert, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from eplb_platform.testing.processes import RankPool
+from tests.processes.serve_resized import ResizeResult, Segment, serve_resized
+from tests.processes.serve_tagged import DYNAMIC
+
+pytestmark = pytest.mark.processes
+
+NUM_RANKS = 4
+ALL = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(NUM_RANKS, timeout_s=120.0) as pool:
+        yield pool
+
+
+def check_served_right(results: list[ResizeResult], segments: list[Segment]) -> None:
+    assert [result.wrong_tokens for result in results] == [0] * NUM_RANKS
+    for number, segment in enumerate(segments):
+        seen = [results[rank] for rank in segment.active]
+        assert [result.errors[number] for result in seen] == [""] * len(seen)
+        assert all(result.active[number] for result in seen)
+        assert [result.misplaced[number] for result in seen] == [0] * len(seen)
+        for result in seen[1:]:
+            np.testing.assert_array_equal(result.maps[number], seen[0].maps[number])
+        slots = seen[0].maps[number].reshape(len(seen[0].maps[number]), NUM_RANKS, -1)
+        for rank in range(NUM_RANKS):
+            assert bool((slots[:, rank] == -1).all()) == (rank not in segment.active)
+
+
+def test_a_drained_rank_leaves_and_joins_again(ranks: RankPool) -> None:
+    segments = [Segment(ALL), Segment((0, 1, 3)), Segment(ALL), Segment((1, 2, 3)), Segment(ALL)]
+    results = ranks.run(serve_resized, segments, 16)
+    check_served_right(results, segments)
+    assert results[1].commits[-1] > results[1].commits[-2], "no cycle moved anything after the last resize"
+    assert not results[2].active[1] and not results[0].active[3]
+
+
+@pytest.mark.parametrize("dead", [(2,), None], ids=["named", "found out"])
+def test_a_dead_ranks_experts_are_served_by_the_living(ranks: RankPool, dead: tuple[int, ...] | None) -> None:
+    """Every expert has two replicas, on two ranks."""
+    left = Segment((0, 1, 3), dead, absent=(2,), timeout_s=None if dead else 1.5, can_load=True)
+    segments = [Segment(ALL), left, Segment(ALL, fresh=(2,))]
+    results = ranks.run(serve_resized, segments, 16)
+    check_served_right(results, segments)
+
+
+def test_lost_experts_are_named_and_nothing_is_served_until_they_are_loaded(ranks: RankPool) -> None:
+    without = Segment((0, 2, 3), (1,), absent=(1,), steps=0)
+    loading = Segment((0, 2, 3), (1,), absent=(1,), can_load=True)
+    segments = [Segment(ALL, steps=5), without, loading]
+    results = ranks.run(serve_resized, segments, 8, {**DYNAMIC, "expert_heat_collection_interval": 100})
+    lost = results[0].lost[1]
+    initial = results[0].maps[0]
+    only_on_1 = {
+        (layer, int(expert))
+        for layer, row in enumerate(initial)
+        for expert in set(row[6:12]) - set(row[:6]) - set(row[12:])
+    }
+    assert set(lost) == only_on_1 and lost
+    for rank in (0, 2, 3):
+        assert results[rank].lost[1] == lost
+        assert f"layer {lost[0][0]}: expert" in results[rank].errors[1]
+        assert "\n" not in results[rank].errors[1]
+        np.testing.assert_array_equal(results[rank].maps[1], initial)
+    check_served_right(results, segments[:1])
+    assert [results[rank].errors[2] for rank in (0, 2, 3)] == [""] * 3
+    assert [results[rank].misplaced[2] for rank in (0, 2, 3)] == [0] * 3
+    assert [results[rank].wrong_tokens for rank in (0, 2, 3)] == [0] * 3
+
+
+def test_too_few_slots_are_refused_and_serving_goes_on(ranks: RankPool) -> None:
+    segments = [Segment(ALL, steps=30), Segment((0, 1)), Segment(ALL)]
+    results = ranks.run(serve_resized, segments, 4)
+    for result in results:
+        assert (
+            "16 logical experts do not fit in 5 slots on each of 2 active ranks: 6 slots are missing"
+            in (result.errors[1])
+        )
+        assert "\n" not in result.errors[1]
+        assert result.active[1]
+        assert result.cycles[1] > result.cycles[0]
+    check_served_right(results, [segments[0]])
+    assert [result.errors[2] for result in results] == [""] * NUM_RANKS
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_transfer_that_fails_leaves_the_ranks_as_they_were(ranks: RankPool, rank: int) -> None:
+    segments = [Segment(ALL, steps=30), Segment((0, 1, 3), fails_on=rank), Segment((0, 1, 3))]
+    results = ranks.run(serve_resized, segments, 8)
+    assert [result.wrong_tokens for result in results] == [0] * NUM_RANKS
+    for result in results:
+        assert f"rank {rank}: RuntimeError: the transfer broke" in result.errors[1]
+        assert result.active[1]
+        assert result.cycles[1] > result.cycles[0], result.last_error
+        assert result.errors[2] == ""
+    assert not results[2].active[2]
+
+
+def test_an_active_rank_that_does_not_come_is_named(ranks: RankPool) -> None:
+    segments = [Segment(ALL, steps=5), Segment((0, 1, 3), absent=(3,), timeout_s=1.0)]
+    results = ranks.run(serve_resized, segments, 8)
+    for rank in (0, 1, 2):
+        assert (
+            "resize: rank 3 did not come in time; the active ranks are what they were"
+            in (results[rank].errors[1])
+        )
