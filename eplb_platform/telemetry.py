@@ -8,7 +8,7 @@ one worker, so that a restart is the reset to zero that Prometheus knows, and is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -80,7 +80,7 @@ class Metric:
         """The place, then the metric's own."""
         return MODEL_LABELS + (("rank",) if self.by_rank else ()) + self.own_labels
 
-    def family(self, observations: Iterable[Observation]) -> MetricFamily:
+    def family(self, observations: Sequence[Observation]) -> MetricFamily:
         """The metric with its values."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 

@@ -206,7 +206,7 @@ class Balanced:
             config,
             self._model,
             link,
-            ForwardMeetings(plane, self._clock, 0, 1),
+            ForwardMeetings(plane, link),
             model_name=name,
             expert_map=initial,
             migrator=cast("Migrator", self._migrator),

@@ -176,7 +176,7 @@ class SimulatedGroup(Group):
         self.experts_sent = 0
         """Experts that went from one rank to another."""
 
-    async def rebuild(self, epoch: int) -> None:
+    async def rebuild(self, epoch: int, ranks: Sequence[int]) -> None:
         return None
 
     async def sum(self, load: NDArray[np.int64]) -> NDArray[np.int64]:
