@@ -8,7 +8,7 @@ one worker, so that a restart is the reset to zero that Prometheus knows, and is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
