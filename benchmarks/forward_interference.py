@@ -32,6 +32,7 @@ from eplb_platform.demo.settings import CHECKPOINT
 from eplb_platform.heat import Phase
 from eplb_platform.integrations.transformers import ExpertParallelModel, load_expert_parallel
 from eplb_platform.runtime import Balancer, start_balancer
+from eplb_platform.runtime.ports import ExpertLoad
 from eplb_platform.testing.processes import RankPool
 
 PLANNED_LAYERS, PLANNED_EXPERTS, PLANNED_SLOTS, PLANNED_RANKS, PLANNED_WINDOWS = 58, 256, 288, 32, 16
@@ -53,7 +54,7 @@ class RestlessPlanner:
         self._draw = np.random.default_rng(seed)
         self._load = self._draw.lognormal(size=(PLANNED_WINDOWS, PLANNED_LAYERS, PLANNED_EXPERTS))
 
-    async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+    async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         topology = Topology(PLANNED_RANKS)
         rebalance_experts(self._load, num_physical_experts=PLANNED_SLOTS, topology=topology)
         turned = np.roll(current.physical_to_logical, current.slots_per_rank, axis=1)

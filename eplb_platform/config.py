@@ -101,6 +101,12 @@ _MapPath: TypeAlias = Annotated[
 _TracePath: TypeAlias = Annotated[
     str | None, _file_path(".safetensors"), _Expected("the path of a .safetensors file, or null")
 ]
+_COST_SUFFIXES = (".json", ".npy", ".safetensors")
+_CostPath: TypeAlias = Annotated[
+    str | None,
+    _file_path(*_COST_SUFFIXES),
+    _Expected(f"the path of a {', '.join(_COST_SUFFIXES[:-1])} or {_COST_SUFFIXES[-1]} file, or null"),
+]
 _TraceRange: TypeAlias = Annotated[
     str | None,
     BeforeValidator(_iterations),
@@ -194,7 +200,9 @@ class EplbConfig(BaseModel):
         default=False, description="Compare checksums of the weights before a commit."
     )
     enable_expert_compute_profiling: _Switch = Field(
-        default=False, description="Measure each expert's compute time and plan with it."
+        default=False,
+        description="Measure each expert's compute time and plan with it, whatever the algorithm; only "
+        "observed without dynamic_eplb or expert_map_record_path.",
     )
     compute_cost_alpha: _Fraction = Field(
         default=0.5,
@@ -205,6 +213,11 @@ class EplbConfig(BaseModel):
     )
     expert_compute_profiling_interval: _Positive = Field(
         default=1, description="Steps from one measurement of compute time to the next."
+    )
+    compute_cost_record_path: _CostPath = Field(
+        default=None,
+        description="Where to write each expert's measured time of a token, at the end of every collection; "
+        "eplb plan --compute-cost reads it.",
     )
     trace_record_path: _TracePath = Field(
         default=None, description="Where to write the load trace: the expert load of every step."
@@ -286,6 +299,7 @@ class EplbConfig(BaseModel):
             self.dynamic_eplb
             or self.records_map
             or self.trace_record_path is not None
+            or self.compute_cost_record_path is not None
             or self.log_balancedness
         )
 

@@ -2,10 +2,15 @@
 
 The methods have the names of SGLang's proposal for compute-cost-aware balancing. Experts are logical ones, so
 that replicas are merged and a rearrangement loses nothing. No method waits for the device.
+
+Times are those of a busy machine, on which a measurement may be interrupted and take many times as long. What
+comes pass by pass is therefore looked at in blocks of passes, and none counts as more than a few times the
+median of its block.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,13 +19,16 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eplb_platform.cost_fit import CostFit, GroupedRuns
+
 _Floats: TypeAlias = NDArray[np.float64]
 
-# Measurements that wait for the device, and passes of grouped kernels that wait to be folded in.
+# Measurements that wait for the device.
 _MOST_PENDING = 4096
-_MOST_GROUPED = 256
-# Pulls a fitted cost towards the layer's common one: as much as this part of its tokens' own evidence.
-_RIDGE = 1e-6
+# Passes, and runs of grouped kernels of a layer, that wait to be added up.
+BLOCK_PASSES = 32
+# An interrupted measurement counts as this many times the median of its block.
+_MOST_OF_MEDIAN = 3.0
 
 
 class TimedEvent(Protocol):
@@ -45,7 +53,8 @@ class ExpertComputeProfiler:
     warmup_steps: forward passes before the first measurement
     profiling_interval: forward passes from one measurement to the next
 
-    Not for several threads at once. Raises ValueError for counts out of range.
+    Times come from the thread that runs the model; what was learnt may be asked for from another one. Raises
+    ValueError for counts out of range.
     """
 
     def __init__(
@@ -70,12 +79,20 @@ class ExpertComputeProfiler:
         self.enable_profiling = enable_profiling
         self.warmup_steps = warmup_steps
         self.profiling_interval = profiling_interval
+        self._lock = threading.Lock()
+        self._block: _PassBlock | None = None
+        self._grouped_block: _PassBlock | None = None
         self._clear()
 
     @property
     def profiling_enabled(self) -> bool:
         """Whether measurements are taken now."""
         return self._started
+
+    @property
+    def forward_pass_count(self) -> int:
+        """Forward passes since the start or `reset_statistics`."""
+        return self._forward_pass_count
 
     @property
     def overhead_ms(self) -> float:
@@ -137,8 +154,9 @@ class ExpertComputeProfiler:
         def add(milliseconds: float) -> None:
             self._totals[:, layer_idx, expert_idx] += (milliseconds, num_tokens, 1)
 
-        self._measured(execution_time_ms, start_event, end_event, timer, add)
-        self._overhead_ns += time.perf_counter_ns() - started
+        with self._lock:
+            self._measured(execution_time_ms, start_event, end_event, timer, add)
+        self.count_overhead(time.perf_counter_ns() - started)
 
     def profile_grouped_execution(
         self,
@@ -154,8 +172,7 @@ class ExpertComputeProfiler:
         num_tokens: [logical], tokens that the kernel computed for each expert
 
         One time for many experts does not say what each took. Over many runs with different tokens it does:
-        the time is fitted as a constant + a cost for each active expert + the tokens of each times its cost;
-        see `grouped_residual`. Errors as of `profile_expert_execution`.
+        see `CostFit`. Errors as of `profile_expert_execution`.
         """
         if not self.should_profile_this_pass():
             return
@@ -166,39 +183,87 @@ class ExpertComputeProfiler:
                 f"layer {layer_idx}, tokens {list(tokens.shape)}: expected below {self.num_layers} and "
                 f"[{self.num_logical_experts}]"
             )
+        if not (np.isfinite(tokens).all() and (tokens >= 0).all()):
+            raise ValueError(f"layer {layer_idx}: num_tokens has a count that is not possible")
 
         def add(milliseconds: float) -> None:
-            runs = self._grouped.setdefault(layer_idx, _GroupedRuns(self.num_logical_experts))
-            runs.add(tokens, milliseconds)
+            runs = self._single_runs.setdefault(layer_idx, [])
+            runs.append((tokens, milliseconds))
+            if len(runs) >= BLOCK_PASSES:
+                self._fold_single_runs(layer_idx)
 
-        self._measured(execution_time_ms, start_event, end_event, timer, add)
-        self._overhead_ns += time.perf_counter_ns() - started
+        with self._lock:
+            self._measured(execution_time_ms, start_event, end_event, timer, add)
+        self.count_overhead(time.perf_counter_ns() - started)
+
+    def profile_pass(
+        self, experts: NDArray[np.int64], num_tokens: NDArray[np.int64], milliseconds: _Floats
+    ) -> None:
+        """Add one pass in which the experts of this rank's slots were timed one by one.
+
+        All [layers, slots]: the logical expert of each slot, -1 for none; the tokens that it computed, 0
+        where it was not timed; and its time. Whether the pass is one to measure is for the caller to ask.
+        Raises ValueError for arrays of other shapes.
+        """
+        started = time.perf_counter_ns()
+        with self._lock:
+            if self._block is None or not self._block.is_of(experts):
+                self._fold_block()
+                self._block = _PassBlock(self.num_layers, experts, experts.shape)
+            self._block.add(num_tokens, milliseconds)
+            if self._block.is_full:
+                self._fold_block()
+        self.count_overhead(time.perf_counter_ns() - started)
+
+    def profile_grouped_pass(
+        self, experts: NDArray[np.int64], num_tokens: NDArray[np.int64], milliseconds: _Floats
+    ) -> None:
+        """Add one pass in which a kernel computed all experts of a layer's slots on this rank.
+
+        experts, num_tokens: [layers, slots] as of `profile_pass`; milliseconds: [layers], 0 where a layer was
+        not timed. See `profile_grouped_execution`.
+        """
+        started = time.perf_counter_ns()
+        with self._lock:
+            if self._grouped_block is None or not self._grouped_block.is_of(experts):
+                self._fold_grouped_block()
+                self._grouped_block = _PassBlock(self.num_layers, experts, experts.shape[:1])
+            self._grouped_block.add(num_tokens, milliseconds)
+            if self._grouped_block.is_full:
+                self._fold_grouped_block()
+        self.count_overhead(time.perf_counter_ns() - started)
+
+    def count_overhead(self, nanoseconds: int) -> None:
+        """Time that measuring took from the thread that runs the model, beyond what is counted here."""
+        self._overhead_ns += nanoseconds
+
+    def count_dropped(self) -> None:
+        """A pass to be measured was not, since the device was too far behind."""
+        self._num_dropped += 1
 
     def grouped_residual(self) -> _Floats:
-        """[layers], how much of the grouped kernels' time the fit does not explain.
+        """[layers], how much of the grouped kernels' time the fit does not explain: `CostFit.residual`.
 
-        Root mean square of what is left / of the times: 0 is a perfect fit; NaN without such measurements.
+        NaN without such measurements.
         """
-        self._settle()
+        self._settle_all()
         residual = np.full(self.num_layers, np.nan)
-        for layer, runs in self._grouped.items():
-            residual[layer] = runs.fit()[1]
+        for layer in list(self._grouped):
+            residual[layer] = self._fitted(layer).residual
         return residual
 
     def get_totals(self) -> _Floats:
         """[3, layers, logical]: milliseconds, tokens and invocations of each expert.
 
         The sum of the totals of all ranks is the profile of all: see `add_totals`. Grouped runs stand in it
-        with the time of their fit, which leaves out the constant and the cost of being active.
+        with the time of their fit, without the constant, which no placement changes.
         """
-        self._settle()
-        totals = self._totals.copy()
-        for layer, runs in self._grouped.items():
-            cost, _ = runs.fit()
-            known = np.isfinite(cost)
-            totals[0, layer, known] += (cost * runs.tokens)[known]
-            totals[1, layer, known] += runs.tokens[known]
-            totals[2, layer, known] += runs.invocations[known]
+        self._settle_all()
+        with self._lock:
+            totals = self._totals.copy()
+        for layer in list(self._grouped):
+            fit = self._fitted(layer)
+            totals[:, layer, fit.experts] += (fit.milliseconds, fit.tokens, fit.invocations)
         return totals
 
     def add_totals(self, totals: ArrayLike) -> None:
@@ -206,7 +271,8 @@ class ExpertComputeProfiler:
         added = np.asarray(totals, dtype=np.float64)
         if added.shape != self._totals.shape or not np.isfinite(added).all() or (added < 0).any():
             raise ValueError(f"totals are {list(added.shape)}, expected finite {list(self._totals.shape)}")
-        self._totals += added
+        with self._lock:
+            self._totals += added
 
     def get_expert_compute_weights(
         self, layer_idx: int | None = None, use_time_per_token: bool = True
@@ -265,13 +331,67 @@ class ExpertComputeProfiler:
         self._clear()
 
     def _clear(self) -> None:
-        self._totals = np.zeros((3, self.num_layers, self.num_logical_experts))
-        self._grouped: dict[int, _GroupedRuns] = {}
-        self._pending: deque[tuple[Callable[[], float | None], Callable[[float], None]]] = deque()
-        self._num_dropped = 0
-        self._forward_pass_count = 0
-        self._overhead_ns = 0
-        self._started = self.enable_profiling and self.warmup_steps == 0
+        with self._lock:
+            self._totals = np.zeros((3, self.num_layers, self.num_logical_experts))
+            self._grouped: dict[int, GroupedRuns] = {}
+            self._single_runs: dict[int, list[tuple[_Floats, float]]] = {}
+            self._block = self._grouped_block = None
+            self._pending: deque[tuple[Callable[[], float | None], Callable[[float], None]]] = deque()
+            self._num_dropped = 0
+            self._forward_pass_count = 0
+            self._overhead_ns = 0
+            self._started = self.enable_profiling and self.warmup_steps == 0
+
+    # --- adding up, with the lock held ---
+
+    def _fold_block(self) -> None:
+        if self._block is None:
+            return
+        block, self._block = self._block, None
+        tokens, milliseconds = block.num_tokens, _without_interruptions(block.num_tokens, block.milliseconds)
+        layers, slots = np.nonzero(block.experts >= 0)
+        for total, counts in zip(self._totals, (milliseconds, tokens, tokens > 0), strict=True):
+            np.add.at(total, (layers, block.experts[layers, slots]), counts.sum(axis=0)[layers, slots])
+
+    def _fold_grouped_block(self) -> None:
+        if self._grouped_block is None:
+            return
+        block, self._grouped_block = self._grouped_block, None
+        for layer, experts in enumerate(block.experts):
+            timed, held = block.milliseconds[:, layer] > 0, experts >= 0
+            if timed.any() and held.any():
+                self._grouped.setdefault(layer, GroupedRuns()).add(
+                    experts[held],
+                    block.num_tokens[timed, layer][:, held].astype(np.float64),
+                    block.milliseconds[timed, layer],
+                )
+
+    def _fold_single_runs(self, layer: int) -> None:
+        runs = [(tokens, spent) for tokens, spent in self._single_runs.pop(layer, ()) if spent > 0]
+        if not runs:
+            return
+        tokens = np.stack([of_run for of_run, _ in runs])
+        experts = np.flatnonzero(tokens.any(axis=0))
+        spent = np.array([spent for _, spent in runs])
+        self._grouped.setdefault(layer, GroupedRuns()).add(experts, tokens[:, experts], spent)
+
+    def _settle_all(self) -> None:
+        """Take what the device has finished, and add up what waits for its block to fill."""
+        with self._lock:
+            self._settle()
+            self._fold_block()
+            self._fold_grouped_block()
+            for layer in list(self._single_runs):
+                self._fold_single_runs(layer)
+
+    def _fitted(self, layer: int) -> CostFit:
+        """Solved without the lock: the thread that runs the model does not wait for it."""
+        with self._lock:
+            runs = self._grouped[layer].copy()
+        fit = runs.fit()
+        with self._lock:
+            self._grouped[layer].remember(fit, runs)
+        return fit
 
     def _measured(
         self,
@@ -314,83 +434,59 @@ class ExpertComputeProfiler:
             add(milliseconds)
 
 
-class _GroupedRuns:
-    """Least squares of one layer's grouped runs: sums alone are kept, and a few runs not yet in them.
+class _PassBlock:
+    """Consecutive measured passes under one placement, not yet added up."""
 
-    The unknowns are each expert's cost of a token, the cost of an active expert, and a constant.
-    """
+    def __init__(self, num_layers: int, experts: NDArray[np.int64], timed_shape: tuple[int, ...]) -> None:
+        if experts.ndim != 2 or len(experts) != num_layers:
+            raise ValueError(f"experts is {list(experts.shape)}, expected [{num_layers}, slots]")
+        self.experts = experts
+        self._num_tokens = np.zeros((BLOCK_PASSES, *experts.shape), dtype=np.int64)
+        self._milliseconds = np.zeros((BLOCK_PASSES, *timed_shape))
+        self._passes = 0
 
-    def __init__(self, num_experts: int) -> None:
-        self.tokens = np.zeros(num_experts)
-        self.invocations = np.zeros(num_experts)
-        self._products = np.zeros((num_experts + 2, num_experts + 2))
-        self._projected = np.zeros(num_experts + 2)
-        self._squares = 0.0
-        self._recent: list[tuple[_Floats, float]] = []
+    def is_of(self, experts: NDArray[np.int64]) -> bool:
+        """Whether the slots hold these experts."""
+        return experts is self.experts or np.array_equal(experts, self.experts)
 
-    def add(self, tokens: _Floats, milliseconds: float) -> None:
-        """tokens: [logical]"""
-        self.tokens += tokens
-        self.invocations += tokens > 0
-        self._recent.append((tokens, milliseconds))
-        if len(self._recent) >= _MOST_GROUPED:
-            self._fold()
+    def add(self, num_tokens: NDArray[np.int64], milliseconds: _Floats) -> None:
+        for name, given, kept in (
+            ("num_tokens", num_tokens, self._num_tokens),
+            ("milliseconds", milliseconds, self._milliseconds),
+        ):
+            if given.shape != kept.shape[1:]:
+                raise ValueError(f"{name} is {list(given.shape)}, expected {list(kept.shape[1:])}")
+            kept[self._passes] = given
+        self._passes += 1
 
-    def fit(self) -> tuple[_Floats, float]:
-        """Milliseconds of a token, [logical], NaN for an expert without tokens; and the residual."""
-        self._fold()
-        unknowns = np.concatenate([self.tokens > 0, [True, True]])
-        products, projected = self._products[np.ix_(unknowns, unknowns)], self._projected[unknowns]
-        # Directions of which the runs say nothing, as experts that always get the same tokens, stay with the
-        # cost that all experts have in common.
-        common = np.zeros(len(projected))
-        total = self._common_products()
-        solved = np.linalg.lstsq(total, self._common_projected(), rcond=1e-12)[0]
-        common[:-2] = max(float(solved[0]), 0.0)
-        common[-2:] = np.maximum(solved[1:], 0.0)
-        found = _not_negative(products, projected, common)
-        left = self._squares - 2 * found @ projected + found @ products @ found
-        residual = float(np.sqrt(max(left, 0.0) / self._squares)) if self._squares else 0.0
-        cost = np.full(len(self.tokens), np.nan)
-        cost[self.tokens > 0] = found[:-2]
-        return cost, residual
+    @property
+    def is_full(self) -> bool:
+        return self._passes == BLOCK_PASSES
 
-    def _common_products(self) -> _Floats:
-        """As if all experts had one cost of a token: the first unknown is the sum of theirs."""
-        merged = np.add.reduceat(self._products, (0, len(self.tokens), len(self.tokens) + 1), axis=0)
-        return np.asarray(np.add.reduceat(merged, (0, len(self.tokens), len(self.tokens) + 1), axis=1))
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """[passes, layers, slots]"""
+        return self._num_tokens[: self._passes]
 
-    def _common_projected(self) -> _Floats:
-        return np.add.reduceat(self._projected, (0, len(self.tokens), len(self.tokens) + 1))
-
-    def _fold(self) -> None:
-        if not self._recent:
-            return
-        tokens = np.stack([run for run, _ in self._recent])
-        times = np.array([milliseconds for _, milliseconds in self._recent])
-        active = (tokens > 0).sum(axis=1, keepdims=True)
-        rows = np.concatenate([tokens, active, np.ones_like(active)], axis=1)
-        self._products += rows.T @ rows
-        self._projected += rows.T @ times
-        self._squares += float(times @ times)
-        self._recent.clear()
+    @property
+    def milliseconds(self) -> _Floats:
+        """[passes, layers, slots] or [passes, layers]"""
+        return self._milliseconds[: self._passes]
 
 
-def _not_negative(products: _Floats, projected: _Floats, common: _Floats) -> _Floats:
-    """The least squares without negative unknowns: those that come out negative are 0, the rest fits anew.
+def _without_interruptions(tokens: NDArray[np.int64], milliseconds: _Floats) -> _Floats:
+    """[passes, layers, slots], none far above what its tokens, or any number of them, take at the median."""
+    measured = tokens > 0
+    per_token = np.divide(milliseconds, tokens, out=np.full(tokens.shape, np.inf), where=measured)
+    usual = np.maximum(
+        _median(per_token, measured) * tokens,
+        _median(np.where(measured, milliseconds, np.inf), measured),
+    )
+    return np.where(measured, np.minimum(milliseconds, _MOST_OF_MEDIAN * usual), 0.0)
 
-    products, projected: [unknowns, unknowns] and [unknowns], of the normal equations
-    common: [unknowns], where a slight pull leads
-    """
-    found = np.zeros_like(common)
-    ridge = _RIDGE * np.maximum(np.diag(products), 1e-300)
-    free = np.ones(len(common), dtype=np.bool_)
-    while free.any():
-        some = np.ix_(free, free)
-        target = projected[free] + ridge[free] * common[free]
-        solved = np.linalg.solve(products[some] + np.diag(ridge[free]), target)
-        if (solved >= 0).all():
-            found[free] = solved
-            break
-        free[np.flatnonzero(free)[solved < 0]] = False
-    return found
+
+def _median(values: _Floats, measured: NDArray[np.bool_]) -> _Floats:
+    """Over the passes that were measured, the lower of two; 0 without any. The others stand as infinite."""
+    middle = np.maximum(measured.sum(axis=0) - 1, 0) // 2
+    found = np.take_along_axis(np.sort(values, axis=0), middle[None], axis=0)[0]
+    return np.where(measured.any(axis=0), found, 0.0)

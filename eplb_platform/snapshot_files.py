@@ -63,6 +63,12 @@ class ModelStatus(_Validated):
     trace_steps: _Count | None
     balancedness: _Ratio | None
     worst_layer_balancedness: _Ratio | None
+    time_balancedness: _Ratio | None
+    profiled_passes: _Count
+    profiled_experts: _Ratio
+    expert_compute_s: _Seconds
+    profiling_s: _Seconds
+    compute_cost_residual: _Seconds | None
 
 
 class Snapshot(_Validated):

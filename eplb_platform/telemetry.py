@@ -160,6 +160,15 @@ METRICS = (
         "worst_layer_load_balance_ratio", Kind.GAUGE, "The same of the layer where it is lowest.",
         _field("worst_layer_balancedness"),
     ),
+    Metric(
+        "time_balance_ratio", Kind.GAUGE,
+        "Mean rank compute time / maximum, of the last collected load by measured cost; absent without.",
+        _field("time_balancedness"),
+    ),
+    Metric(
+        "profiled_experts_ratio", Kind.GAUGE, "The part of the experts whose compute cost is known.",
+        _field("profiled_experts"),
+    ),
     Metric("cycles", Kind.COUNTER, "Balancing cycles, by how they ended.", _cycles, own_labels=("outcome",)),
     Metric("commits", Kind.COUNTER, "Chunks of layers committed.", _field("commits")),
     Metric(
@@ -219,6 +228,23 @@ METRICS = (
     Metric(
         "stall_seconds", Kind.COUNTER, "Seconds that balancing took from the forward thread, waits included.",
         _field("stall_s"), by_rank=True,
+    ),
+    Metric(
+        "profiled_passes", Kind.COUNTER, "Forward passes in which experts were timed.",
+        _field("profiled_passes"), by_rank=True,
+    ),
+    Metric(
+        "expert_compute_seconds", Kind.COUNTER, "Seconds that experts took in those passes.",
+        _field("expert_compute_s"), by_rank=True,
+    ),
+    Metric(
+        "profiling_seconds", Kind.COUNTER, "Seconds that timing them took from the forward thread.",
+        _field("profiling_s"), by_rank=True,
+    ),
+    Metric(
+        "compute_cost_residual", Kind.GAUGE,
+        "Part of grouped kernels' time that the fitted costs do not explain; absent where experts run apart.",
+        _field("compute_cost_residual"), by_rank=True,
     ),
     Metric(
         "staging_bytes", Kind.GAUGE, "Memory allocated for weights in flight.", _field("staging_bytes"),

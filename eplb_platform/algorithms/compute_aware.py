@@ -83,7 +83,15 @@ def blend(load: NDArray[np.float64], compute_cost: NDArray[np.float64], alpha: f
     The total of a layer over all windows is that of its tokens. A layer without any profile, or whose
     profiled experts cost nothing, stays as it is.
     """
-    tokens = load.sum(axis=0)
+    return load * cost_factors(load.sum(axis=0), compute_cost, alpha)
+
+
+def cost_factors(tokens: ArrayLike, compute_cost: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    """[layers, logical], what a token of each expert counts in the blend.
+
+    tokens: [layers, logical], over all windows; compute_cost, alpha: as of `blend`
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
     profiled = np.isfinite(compute_cost)
     known = np.where(profiled, compute_cost, 0.0)
     # Of profiled experts that have no tokens the plain mean: it is all that is known.
@@ -93,8 +101,7 @@ def blend(load: NDArray[np.float64], compute_cost: NDArray[np.float64], alpha: f
     cost = np.where(profiled, compute_cost, average)
     layer_cost = (tokens * cost).sum(axis=1, keepdims=True)
     scaled = cost * _ratio(tokens.sum(axis=1, keepdims=True), layer_cost)
-    per_token = np.where(layer_cost > 0, alpha * scaled + (1 - alpha), 1.0)
-    return load * per_token
+    return np.where(layer_cost > 0, alpha * scaled + (1 - alpha), 1.0)
 
 
 def compute_cost_aware_rebalance_experts(

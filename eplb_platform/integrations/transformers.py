@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from eplb_platform.backend import Backend
+from eplb_platform.backend import Backend, DeviceTimer
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.checkpoint_folder import (
     CheckpointError,
@@ -33,6 +33,7 @@ from eplb_platform.integrations.checkpoint_folder import (
     ExpertShape,
     read_config,
 )
+from eplb_platform.runtime.compute_profiling import ComputeProfiling, LayerSlotTimers, SlotTimers
 from eplb_platform.topology import Topology
 
 try:
@@ -50,6 +51,9 @@ rounding, for the smallest matrices (seen: below four rows); from one block on, 
 nothing."""
 
 MAX_REPLICA_COLUMNS = 1024
+
+TIMED_PARTS = 2
+"""An expert's work comes in two matrix products, before and after the activation."""
 
 WEIGHTED_COLUMNS = 32
 """Entries for an expert where there are redundant ones, so that replicas can take unequal shares."""
@@ -88,6 +92,8 @@ class ExchangePlan:
     """[received rows] where a received row stands among the padded rows."""
     bounds: list[tuple[int, int, int]]
     """(slot, first padded row, last + 1) of each slot that has rows."""
+    tokens: NDArray[np.int64]
+    """[slots], rows that each slot received."""
 
 
 def plan_exchange(send_counts: NDArray[np.int64], receive_counts: NDArray[np.int64]) -> ExchangePlan:
@@ -105,7 +111,12 @@ def plan_exchange(send_counts: NDArray[np.int64], receive_counts: NDArray[np.int
     busy = np.flatnonzero(padded)
     bounds = list(zip(busy.tolist(), (ends - padded)[busy].tolist(), ends[busy].tolist(), strict=True))
     return ExchangePlan(
-        send_counts.sum(axis=1).tolist(), receive_counts.sum(axis=1).tolist(), source, position, bounds
+        send_counts.sum(axis=1).tolist(),
+        receive_counts.sum(axis=1).tolist(),
+        source,
+        position,
+        bounds,
+        per_slot,
     )
 
 
@@ -145,6 +156,12 @@ class ExpertParallelMoe(nn.Module):
         self.logical_to_physical = torch.empty(0)
         self.replica_count = torch.empty(0)
         self.load = torch.empty(0)
+        self._profiling: ComputeProfiling | None = None
+        self._layer = 0
+
+    def measure_with(self, profiling: ComputeProfiling, layer: int) -> None:
+        """Time the experts as this layer of the expert map, in the passes that `profiling` measures."""
+        self._profiling, self._layer = profiling, layer
 
     def use_tables(
         self, logical_to_physical: torch.Tensor, replica_count: torch.Tensor, load: torch.Tensor
@@ -189,13 +206,51 @@ class ExpertParallelMoe(nn.Module):
             return rows
         padded = rows[torch.from_numpy(plan.source).to(rows.device)]
         inner = rows.new_empty(len(padded), self.gate_up.shape[1])
+        timers = self._timers(plan.tokens)
+        self._multiply(padded, self.gate_up, inner, plan, None if timers is None else timers.parts[0])
+        gated = self._activate(inner, None if timers is None else timers.shared)
+        self._multiply(gated, self.down, padded, plan, None if timers is None else timers.parts[1])
+        return padded[torch.from_numpy(plan.position).to(rows.device)]
+
+    def _timers(self, tokens: NDArray[np.int64]) -> LayerSlotTimers | None:
+        """This layer's timers where the pass is measured."""
+        profiling = self._profiling
+        if profiling is None or not isinstance(profiling.current, SlotTimers):
+            return None
+        timers = profiling.current.layers[self._layer]
+        timers.tokens[:] = tokens
+        return timers
+
+    def _multiply(
+        self,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        plan: ExchangePlan,
+        timers: Sequence[DeviceTimer] | None,
+    ) -> None:
+        """Each expert's rows by its weights, into the same rows of `output`."""
         for slot, start, end in plan.bounds:
-            torch.mm(padded[start:end], self.gate_up[slot].t(), out=inner[start:end])
+            if timers is None:
+                self.multiply(slot, rows[start:end], weights[slot], output[start:end])
+            else:
+                timers[slot].start()
+                self.multiply(slot, rows[start:end], weights[slot], output[start:end])
+                timers[slot].stop()
+
+    def multiply(self, slot: int, rows: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> None:
+        """One matrix product of one expert."""
+        torch.mm(rows, weight.t(), out=output)
+
+    def _activate(self, inner: torch.Tensor, timer: DeviceTimer | None) -> torch.Tensor:
+        """[rows, 2 * intermediate] -> [rows, intermediate], all experts at once."""
+        if timer is not None:
+            timer.start()
         gate, up = inner.chunk(2, dim=-1)
         gated = self.activation(gate) * up
-        for slot, start, end in plan.bounds:
-            torch.mm(gated[start:end], self.down[slot].t(), out=padded[start:end])
-        return padded[torch.from_numpy(plan.position).to(rows.device)]
+        if timer is not None:
+            timer.stop()
+        return gated
 
     def _plan(self, counts: torch.Tensor) -> ExchangePlan:
         received = torch.empty_like(counts)
@@ -292,6 +347,13 @@ class ExpertParallelModel:
         for target, rows in ((self._logical_to_physical, logical_to_physical), (self._replica_count, count)):
             target[chosen] = torch.from_numpy(rows.astype(np.int64)).to(self._load.device)
         self._expert_map = old.replace_layers(chosen, expert_map)
+
+    def measure_with(self, profiling: ComputeProfiling, backend: Backend) -> None:
+        """Time each expert's matrix products in the passes that `profiling` measures."""
+        layers, slots = self._expert_map.num_layers, self._expert_map.slots_per_rank
+        profiling.time_with(lambda: SlotTimers(backend, layers, slots, TIMED_PARTS), backend.timer())
+        for layer, block in enumerate(self._blocks):
+            block.measure_with(profiling, layer)
 
     def take_load(self) -> NDArray[np.int64]:
         """Tokens that this rank sent to each physical expert since the last call: [layers, physical]."""

@@ -20,7 +20,7 @@ from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk
 from eplb_platform.offline.step_time import StepTime
 from eplb_platform.runtime.planning import AlgorithmPlanner, PlannerTimeout
-from eplb_platform.runtime.ports import Background, Clock, ControlPlane, Group
+from eplb_platform.runtime.ports import Background, Clock, ControlPlane, ExpertLoad, Group
 
 Result = TypeVar("Result")
 
@@ -243,7 +243,7 @@ class SimulatedPlanner:
         self.seconds: list[float] = []
         """What each plan took on this machine."""
 
-    async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+    async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         if self._planning_s > self._planner.timeout_s:
             await self._clock.sleep(self._planner.timeout_s)
             raise PlannerTimeout(f"no plan within {self._planner.timeout_s:g} s")

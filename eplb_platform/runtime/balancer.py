@@ -16,6 +16,7 @@ from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import HeatWindows, Phase
 from eplb_platform.records import RecordError
 from eplb_platform.runtime.commit import Commit
+from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import (
     Cycle,
     CycleReport,
@@ -27,7 +28,7 @@ from eplb_platform.runtime.cycle import (
 from eplb_platform.runtime.gate import ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner
-from eplb_platform.runtime.ports import Background, Planner, Recorder, Tracer, run_blocking
+from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer, run_blocking
 from eplb_platform.runtime.resize_meeting import Presence, ResizeMeetings, Verdict
 from eplb_platform.runtime.resizing import Resizing
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
@@ -119,6 +120,8 @@ class Balancer:
         lend_migrator: Callable[[], AbstractContextManager[Migrator]] | None = None,
         on_stage: Callable[[Stage], None] | None = None,
         on_close: Callable[[], None] | None = None,
+        profiling: ComputeProfiling | None = None,
+        cost_recorder: CostRecorder | None = None,
     ) -> None:
         self.config = config
         self.stats = BalancerStats()
@@ -139,6 +142,8 @@ class Balancer:
         self._lend_migrator = lend_migrator
         self._resizes = ResizeMeetings(meetings.plane, link)
         self._observe_stage = on_stage
+        self._profiling = profiling
+        self._cost_recorder = cost_recorder
         self._on_close = on_close
         self._stage: Stage | None = None
         self._map_since = link.clock.now()
@@ -185,6 +190,8 @@ class Balancer:
         if not self.is_active:
             raise ForwardStopped(f"rank {self._link.rank} is not active: it serves after a `resize` with it")
         started = self._step_started = self._link.clock.now()
+        if self._profiling is not None:
+            self._profiling.end_pass()
         self.stats.steps += 1
         self.stats.dummy_steps += is_dummy
         sent_by = self._expert_map if counted_by is None else counted_by
@@ -196,6 +203,8 @@ class Balancer:
             self._execute(commit)
         if self._is_due():
             self._start_cycle()
+        if self._profiling is not None:
+            self._profiling.begin_pass(self._expert_map)
         stall = self._link.clock.now() - started
         self.stats.stall_s += stall
         self.stats.longest_stall_s = max(self.stats.longest_stall_s, stall)
@@ -210,6 +219,17 @@ class Balancer:
     def resume(self) -> None:
         """Go on after `pause`."""
         self._is_paused = False
+
+    def start_profiling(self) -> None:
+        """Measure compute time from the next pass on; on every rank. Needs `enable_expert_compute_profiling`.
+
+        Raises RuntimeError without it.
+        """
+        self._measuring().profiler.start_profiling()
+
+    def stop_profiling(self) -> None:
+        """Measure no more; plans go on with what was measured. As `start_profiling`."""
+        self._measuring().profiler.stop_profiling()
 
     def rebalance_now(self) -> None:
         """Start a cycle at the next step instead of at the end of the interval.
@@ -376,6 +396,25 @@ class Balancer:
             **self.stats.as_dict(),
         }
 
+    @property
+    def profiling(self) -> ComputeProfiling | None:
+        """What measures compute time on this rank; None without `enable_expert_compute_profiling`."""
+        return self._profiling
+
+    def compute_statistics(self) -> dict[str, object]:
+        """What experts cost over all ranks as of the last cycle: `get_statistics_summary` of the profiler.
+
+        Raises RuntimeError without `enable_expert_compute_profiling`.
+        """
+        return self._measuring().merged_summary()
+
+    def _measuring(self) -> ComputeProfiling:
+        if self._profiling is None:
+            raise RuntimeError(
+                "no compute time is measured: eplb_config.enable_expert_compute_profiling is false"
+            )
+        return self._profiling
+
     # --- recording ---
 
     def record_start(self) -> None:
@@ -448,6 +487,8 @@ class Balancer:
             model = cast(WeightedModel, self._model)
             model.apply_tables(layers, expert_map, tables.logical_to_physical[chosen], tables.count[chosen])
         self._expert_map, self._tables = expert_map, tables
+        if self._profiling is not None:
+            self._profiling.follow(expert_map)
 
     # --- other active ranks ---
 
@@ -646,6 +687,8 @@ class Balancer:
             tables=self._tables,
             is_ending=self._why_end,
             on_stage=self._enter,
+            costs=self._profiling,
+            cost_recorder=self._cost_recorder,
         )
         self._background.start(self._run(cycle))
 
@@ -685,6 +728,7 @@ class Balancer:
             stats.last_success_step = stats.steps
         self._account_record(report)
         self._account_balancedness(report)
+        self._account_compute_time(report)
         self._log(report)
 
     def _account_record(self, report: CycleReport) -> None:
@@ -707,6 +751,20 @@ class Balancer:
         if self.config.log_balancedness and since_last >= self.config.log_balancedness_interval:
             self._last_balancedness_line = step
             self._log_balancedness(step, report)
+
+    def _account_compute_time(self, report: CycleReport) -> None:
+        if self._profiling is None:
+            return
+        stats, profiling = self.stats, self._profiling
+        if report.time_balancedness is not None:
+            stats.time_balancedness = float(report.time_balancedness.mean())
+        stats.profiled_passes = profiling.measured_passes
+        stats.profiled_experts = profiling.measured_share
+        stats.expert_compute_s = profiling.measured_ms / 1e3
+        stats.profiling_s = profiling.profiler.overhead_ms / 1e3
+        stats.compute_cost_residual = profiling.residual
+        if report.cost_error:
+            self._report_failed_record(f"cycle {report.number}", "compute cost", report.cost_error)
 
     def _log_balancedness(self, step: int, report: CycleReport) -> None:
         """What vLLM's line of that name says of a step, summed over layers, for a collection of steps."""
@@ -734,6 +792,20 @@ class Balancer:
                 report.number, report.outcome, report.moved_experts, report.chunks_committed,
                 _gain(report), f" ({report.reason})" if report.reason else "",
             )  # fmt: skip
+            self._log_compute_time()
+
+    def _log_compute_time(self) -> None:
+        stats = self.stats
+        if self._profiling is None or not stats.expert_compute_s:
+            return
+        residual = stats.compute_cost_residual
+        logger.info(
+            "compute time of %.0f %% of the experts is known; measuring it took this rank %.3f s in %d "
+            "passes, %.2f %% of the time that it measured%s",
+            100 * stats.profiled_experts, stats.profiling_s, stats.profiled_passes,
+            100 * stats.profiling_s / stats.expert_compute_s,
+            "" if residual is None else f"; the fit leaves {100 * residual:.1f} % unexplained",
+        )  # fmt: skip
 
 
 def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> list[int]:
@@ -748,6 +820,10 @@ def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> l
 def _gain(report: CycleReport) -> str:
     if report.balancedness is None or report.planned_balancedness is None:
         return ""
-    return (
+    gain = (
         f", balancedness {report.balancedness.mean():.3f} planned to {report.planned_balancedness.mean():.3f}"
     )
+    now, planned = report.time_balancedness, report.planned_time_balancedness
+    if now is None or planned is None:
+        return gain
+    return f"{gain}, of time {now.mean():.3f} planned to {planned.mean():.3f}"

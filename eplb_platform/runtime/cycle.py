@@ -24,7 +24,17 @@ from eplb_platform.records import RecordError
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, fingerprint, same
 from eplb_platform.runtime.commit import Commit
 from eplb_platform.runtime.gate import CommitGate, CommitsDropped
-from eplb_platform.runtime.ports import Clock, ControlPlane, Group, Planner, Recorder, Tracer
+from eplb_platform.runtime.ports import (
+    Clock,
+    ComputeCosts,
+    ControlPlane,
+    CostRecorder,
+    ExpertLoad,
+    Group,
+    Planner,
+    Recorder,
+    Tracer,
+)
 from eplb_platform.runtime.step_loads import StepLoads
 from eplb_platform.runtime.weighting import RoutingTables, worth_reweighing
 
@@ -92,6 +102,11 @@ class CycleReport:
     plans."""
     planned_balancedness: NDArray[np.float64] | None = None
     """[layers], of the planned map on the same load."""
+    time_balancedness: NDArray[np.float64] | None = None
+    """[layers], of the time that experts took by their measured cost, for the map in force; on the rank that
+    plans, where it is measured."""
+    planned_time_balancedness: NDArray[np.float64] | None = None
+    cost_error: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -173,6 +188,8 @@ class Cycle:
         tables: RoutingTables | None,
         is_ending: Callable[[], str],
         on_stage: Callable[[Stage], None],
+        costs: ComputeCosts | None = None,
+        cost_recorder: CostRecorder | None = None,
     ) -> None:
         self.report = CycleReport(number)
         self._link = link
@@ -185,6 +202,8 @@ class Cycle:
         self._map = expert_map
         self._tables = tables
         self._is_ending = is_ending
+        self._costs = costs
+        self._cost_recorder = cost_recorder
         self._on_stage = on_stage
         self._started_at_boundary = link.gate.boundary
         self._stage = Stage.START
@@ -224,11 +243,14 @@ class Cycle:
             return
         if self._link.plans:
             self.report.rank_load = self._rank_load(load)
+            self.report.time_balancedness = self._time_balancedness(self._map, self._tables, load)
+        await self._record_cost()
         if not self._rules.plans:
             return
-        planned, aim = await self._plan(load)
+        weighed = load if self._costs is None else self._costs.weigh(load)
+        planned, aim = await self._plan(load, weighed)
         if aim is not None and self._tables is not None:
-            reweighed = worth_reweighing(self._map, planned, self._tables, aim, load)
+            reweighed = worth_reweighing(self._map, planned, self._tables, aim, weighed)
             if reweighed:
                 await self._move(
                     "weights", unmoved(reweighed, self._map), self._tables.with_layers(reweighed, aim)
@@ -255,8 +277,12 @@ class Cycle:
             end = await self._places.agree(
                 "collect", self._heat.completed_windows(), min, timeout_s=self._timeout_s
             )
+            measured = None if self._costs is None else self._costs.totals()
             with self._inside_group():
-                return await self._link.group.sum(self._heat.windows_until(end))
+                load = await self._link.group.sum(self._heat.windows_until(end))
+                if self._costs is not None and measured is not None:
+                    self._costs.learn(await self._link.group.sum(measured))
+            return load
 
     async def _trace(self, loads: StepLoads) -> None:
         """Add up the passes that all ranks have and the trace has not; with bounded memory."""
@@ -284,21 +310,28 @@ class Cycle:
         except RecordError as error:
             self.report.trace_error = str(error)
 
-    async def _plan(self, load: NDArray[np.int64]) -> tuple[ExpertMap, RoutingTables | None]:
-        """The map to move to, and the tables to route by there."""
+    async def _plan(
+        self, load: NDArray[np.int64], weighed: ExpertLoad
+    ) -> tuple[ExpertMap, RoutingTables | None]:
+        """The map to move to, and the tables to route by there.
+
+        weighed: `load`, with what tokens cost where that is measured
+        """
         current = planned = self._map
         with self._timed(Stage.PLAN):
             if self._link.plans:
-                planned = await self._planner.plan(load, current)
+                planned = await self._planner.plan(weighed, current)
                 self.report.planned_balancedness = window_balancedness(planned, load)
             moves = await self._places.agree("plan", int(planned != current), max, timeout_s=self._timeout_s)
         if moves:
             with self._inside_group(), self._timed(Stage.BROADCAST):
                 planned = await self._broadcast(planned)
         with self._timed(Stage.COMPARE):
-            aim = None if self._tables is None else RoutingTables.level(planned, load, self._tables.width)
+            aim = None if self._tables is None else RoutingTables.level(planned, weighed, self._tables.width)
             if aim is not None and self._link.plans:
                 self.report.planned_balancedness = mean_over_max(*aim.window_rank_load(planned, load))
+            if self._link.plans:
+                self.report.planned_time_balancedness = self._time_balancedness(planned, aim, load)
             digests = (current, planned) if aim is None else (current, planned, aim)
             await self._places.agree("compare", fingerprint(*digests), same, timeout_s=self._timeout_s)
         return planned, aim
@@ -308,6 +341,26 @@ class Cycle:
         if self._tables is None:
             return window_rank_load(self._map, load)
         return self._tables.window_rank_load(self._map, load)
+
+    def _time_balancedness(
+        self, expert_map: ExpertMap, tables: RoutingTables | None, load: NDArray[np.int64]
+    ) -> NDArray[np.float64] | None:
+        """[layers], of the time that this load takes; None where that is not measured."""
+        spent = None if self._costs is None else self._costs.time_load(load)
+        if spent is None:
+            return None
+        if tables is None:
+            return window_balancedness(expert_map, spent)
+        return mean_over_max(*tables.window_rank_load(expert_map, spent))
+
+    async def _record_cost(self) -> None:
+        """A file that cannot be written is reported; it ends no cycle."""
+        if self._costs is None or self._cost_recorder is None or not self._link.plans:
+            return
+        try:
+            await self._cost_recorder.record(self._costs.cost)
+        except RecordError as error:
+            self.report.cost_error = str(error)
 
     async def _broadcast(self, planned: ExpertMap) -> ExpertMap:
         slots = planned.physical_to_logical.astype(np.int64)

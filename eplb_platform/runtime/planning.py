@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from eplb_platform.algorithms import Plan, load_algorithm, rebalance_experts
 from eplb_platform.balance import window_balancedness
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.runtime.ports import ExpertLoad
 
 
 class PlannerTimeout(RuntimeError):
@@ -22,9 +23,9 @@ class LoadHistory:
 
     def __init__(self, capacity: int = 64) -> None:
         self._capacity = capacity
-        self._windows: NDArray[np.int64] | None = None
+        self._windows: ExpertLoad | None = None
 
-    def add(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def add(self, windows: ExpertLoad) -> ExpertLoad:
         """Append [windows, layers, logical] and return what is kept: the same, oldest first."""
         kept = windows if self._windows is None else np.concatenate([self._windows, windows])
         while len(kept) > self._capacity:
@@ -56,8 +57,10 @@ class AlgorithmPlanner:
         """Compile what the algorithm compiles, so that the first plan does not wait for it."""
         load_algorithm(self.algorithm)().warm_up()
 
-    async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
-        """load: [windows, layers, logical], tokens. Returns `current` itself where nothing is to move."""
+    async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
+        """load: [windows, layers, logical], tokens, perhaps weighed. Returns `current` itself where
+        nothing is to move.
+        """
         answers: list[ExpertMap | Exception] = []
         thread = threading.Thread(
             target=self._answer, args=(load, current, answers), name="eplb-planner", daemon=True
@@ -70,15 +73,13 @@ class AlgorithmPlanner:
             raise answers[0]
         return answers[0]
 
-    def _answer(
-        self, load: NDArray[np.int64], current: ExpertMap, answers: list[ExpertMap | Exception]
-    ) -> None:
+    def _answer(self, load: ExpertLoad, current: ExpertMap, answers: list[ExpertMap | Exception]) -> None:
         try:
             answers.append(self.choose(load, current))
         except Exception as error:
             answers.append(error)
 
-    def choose(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
+    def choose(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         """The map to move to, without a limit on time; arguments as of `plan`."""
         if self.history is not None:
             load = self.history.add(load)

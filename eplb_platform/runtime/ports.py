@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk
 
 Result = TypeVar("Result")
+ExpertLoad: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
+"""Tokens, or what they count for where their cost is weighed."""
 
 
 class Clock(ABC):
@@ -117,10 +119,43 @@ class Background(ABC):
 class Planner(Protocol):
     """Makes the next expert map on the rank that plans."""
 
-    async def plan(self, load: NDArray[np.int64], current: ExpertMap) -> ExpertMap:
-        """load: [windows, layers, logical], tokens over all ranks. Returns the map to move to, `current` to
-        stay.
+    async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
+        """load: [windows, layers, logical], tokens over all ranks, weighed with their cost where that is
+        measured. Returns the map to move to, `current` to stay.
         """
+        ...
+
+
+class ComputeCosts(Protocol):
+    """What experts cost, as this rank measures it and as all ranks know it after a cycle."""
+
+    def totals(self) -> NDArray[np.int64]:
+        """What this rank measured since the start, of one shape on every rank, to be added up."""
+        ...
+
+    def learn(self, totals: NDArray[np.int64]) -> None:
+        """The sum of all ranks' totals."""
+        ...
+
+    def weigh(self, load: ExpertLoad) -> ExpertLoad:
+        """The load to plan by, [windows, layers, logical], the same on every rank."""
+        ...
+
+    def time_load(self, load: ExpertLoad) -> ExpertLoad | None:
+        """The load in proportion to the time that it takes; None when nothing was measured yet."""
+        ...
+
+    @property
+    def cost(self) -> NDArray[np.float64]:
+        """[layers, logical], milliseconds of a token, NaN where it is not known."""
+        ...
+
+
+class CostRecorder(Protocol):
+    """Keeps what experts cost, on the rank that records."""
+
+    async def record(self, cost: NDArray[np.float64]) -> None:
+        """Write milliseconds of a token, [layers, logical]; raises RecordError when it cannot."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Keeping the expert map and the load trace on disk while serving."""
+"""Keeping the expert map, the load trace and what experts cost on disk while serving."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.records import compute_cost
 from eplb_platform.records.fault import Fault, RecordError
 from eplb_platform.records.load_trace import LoadTraceWriter
 
@@ -29,6 +30,18 @@ class MapRecorder:
         if not (keep_earlier and self._has_written):
             expert_map.save(self._path)
             self._has_written = True
+
+
+class ComputeCostRecorder:
+    """Writes what experts cost at each cycle, once something is known; complete and valid at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def record(self, cost: NDArray[np.float64]) -> None:
+        """Replace the file at once; raises RecordError and leaves the old file if it cannot."""
+        if np.isfinite(cost).any():
+            compute_cost.write(self._path, cost)
 
 
 class TraceRecorder:

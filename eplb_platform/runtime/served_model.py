@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from eplb_platform.backend import Backend
+    from eplb_platform.runtime.compute_profiling import ComputeProfiling
+
 
 class ServedModel(Protocol):
     """One model as one rank serves it.
@@ -62,5 +65,15 @@ class WeightedModel(ServedModel, Protocol):
 
         logical_to_physical: [len(layers), logical, width], padded with -1; entries repeat
         count: [len(layers), logical], entries in use
+        """
+        ...
+
+
+class MeasuredModel(ServedModel, Protocol):
+    """A model that can time its experts."""
+
+    def measure_with(self, profiling: ComputeProfiling, backend: Backend) -> None:
+        """Give `profiling` the timers of a pass, and from now on time the experts whenever it has some in
+        `current`.
         """
         ...

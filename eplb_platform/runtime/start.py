@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from eplb_platform.algorithms import load_algorithm
+from eplb_platform.algorithms.compute_aware import ComputeAware
+from eplb_platform.algorithms.random_placement import RandomPlacement
 from eplb_platform.config import EplbConfig
+from eplb_platform.cost import ExpertComputeProfiler
 from eplb_platform.dispatch import warm_up as warm_up_dispatch
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import MIN_SKEW_STEPS, HeatWindows, LoadCollection
@@ -19,15 +22,16 @@ from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.agreement import Agreement
 from eplb_platform.runtime.balancer import Balancer, LockedHeat
+from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import CycleRules, RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import CommitGate
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
-from eplb_platform.runtime.ports import Background, Planner, Recorder, Tracer
+from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
-from eplb_platform.runtime.recording import MapRecorder, TraceRecorder
-from eplb_platform.runtime.served_model import ServedModel, WeightedModel
+from eplb_platform.runtime.recording import ComputeCostRecorder, MapRecorder, TraceRecorder
+from eplb_platform.runtime.served_model import MeasuredModel, ServedModel, WeightedModel
 from eplb_platform.runtime.step_loads import StepLoads
 from eplb_platform.runtime.store_plane import StoreControlPlane
 from eplb_platform.runtime.weighting import RoutingTables
@@ -38,8 +42,6 @@ if TYPE_CHECKING:
     from eplb_platform.backend import Backend
 
 logger = logging.getLogger(__name__)
-
-WITHOUT_EFFECT_WHILE_SERVING = ("enable_expert_compute_profiling",)
 
 TRACE_INTERVALS = 4
 """Collections whose passes are kept for the trace while no cycle can add them up."""
@@ -83,7 +85,8 @@ def start_balancer(
     """
     from torch.distributed import PrefixStore
 
-    _warn_of_keys_without_effect(config)
+    if rank == model.expert_map.topology.active_ranks[0]:
+        _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
     num_ranks = model.expert_map.topology.num_ranks
     with ExitStack() as undo:
@@ -120,6 +123,8 @@ def start_balancer(
             lend_migrator=lambda: group.lent(_new_migrator(config, model, backend, rank)),
             on_stage=on_stage,
             on_close=backend.close,
+            profiling=_profiling(config, model, backend, rank),
+            cost_recorder=_cost_recorder(config),
         )
         undo.pop_all()
     balancer.record_start()
@@ -142,6 +147,8 @@ def assemble(
     lend_migrator: Callable[[], AbstractContextManager[Migrator]] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_close: Callable[[], None] | None = None,
+    profiling: ComputeProfiling | None = None,
+    cost_recorder: CostRecorder | None = None,
 ) -> Balancer:
     """A balancer over the given ports, with what the configuration says of all else; a simulation calls this.
 
@@ -166,7 +173,11 @@ def assemble(
         lend_migrator=lend_migrator,
         on_stage=on_stage,
         on_close=on_close,
+        profiling=profiling,
+        cost_recorder=cost_recorder,
     )
+    if profiling is not None:
+        profiling.begin_pass(expert_map)
     if migrator is not None:
         balancer.stats.staging_bytes = migrator.staging.nbytes
     return balancer
@@ -217,9 +228,50 @@ def _client_of(store: Store) -> Store:
 
 
 def _warn_of_keys_without_effect(config: EplbConfig) -> None:
-    for key in WITHOUT_EFFECT_WHILE_SERVING:
-        if getattr(config, key) != EplbConfig.model_fields[key].default:
-            logger.warning("eplb_config.%s is read but does nothing yet", key)
+    """Of compute cost: measured, it counts with every algorithm; not measured, with none."""
+    if config.enable_expert_compute_profiling:
+        if config.compute_cost_alpha == 0:
+            logger.warning(
+                "eplb_config.compute_cost_alpha is 0: compute time is measured, tokens alone count"
+            )
+        elif config.algorithm == RandomPlacement.name:
+            logger.warning("algorithm %r places without looking at load or compute time", config.algorithm)
+    elif config.compute_cost_record_path is not None:
+        logger.warning(
+            "eplb_config.compute_cost_record_path without enable_expert_compute_profiling: "
+            "nothing is measured"
+        )
+    elif issubclass(load_algorithm(config.algorithm), ComputeAware):
+        logger.warning(
+            "algorithm %r without eplb_config.enable_expert_compute_profiling: nothing is measured, "
+            "it plans by tokens alone",
+            config.algorithm,
+        )
+
+
+def _profiling(
+    config: EplbConfig, model: ServedModel, backend: Backend, rank: int
+) -> ComputeProfiling | None:
+    """On every rank where it is configured, even if the model has no timers: ranks add up their profiles."""
+    if not (config.enable_expert_compute_profiling and config.observes):
+        return None
+    profiler = ExpertComputeProfiler(
+        model.expert_map.num_layers,
+        model.expert_map.num_logical_experts,
+        warmup_steps=config.expert_compute_profiling_warmup_steps,
+        profiling_interval=config.expert_compute_profiling_interval,
+    )
+    profiling = ComputeProfiling(profiler, rank, config.compute_cost_alpha)
+    if hasattr(model, "measure_with"):
+        cast(MeasuredModel, model).measure_with(profiling, backend)
+    else:
+        logger.warning("%s times no experts: it is balanced by tokens", type(model).__name__)
+    return profiling
+
+
+def _cost_recorder(config: EplbConfig) -> ComputeCostRecorder | None:
+    path = config.compute_cost_record_path
+    return None if path is None else ComputeCostRecorder(Path(path))
 
 
 def _new_migrator(config: EplbConfig, model: ServedModel, backend: Backend, rank: int) -> Migrator:

@@ -44,6 +44,18 @@ class BalancerStats:
     balancedness: float | None = None
     """Mean over layers in the last collected load, before what the cycle moved; on the rank that plans."""
     worst_layer_balancedness: float | None = None
+    time_balancedness: float | None = None
+    """The same of the time that experts take by their measured cost; None where that is not measured."""
+    profiled_passes: int = 0
+    """Passes in which this rank timed its experts."""
+    profiled_experts: float = 0.0
+    """The part of all experts whose cost some rank has measured."""
+    expert_compute_s: float = 0.0
+    """What this rank's experts took in those passes."""
+    profiling_s: float = 0.0
+    """What timing them took from the forward thread."""
+    compute_cost_residual: float | None = None
+    """Of grouped kernels: the part of the time that the fitted costs leave unexplained; else None."""
     last_error: str = ""
 
     def as_dict(self) -> dict[str, int | float | str | None]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from eplb_platform.balance import as_windows
 from eplb_platform.dispatch import even_table, shared_rank_load, table_shares, weighted_table
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.runtime.ports import ExpertLoad
 
 MIN_GAIN = 0.01
 """A layer that keeps its map gets a new table only where that cools its hottest rank by this part."""
@@ -36,7 +37,7 @@ class RoutingTables:
         return cls(*even_table(expert_map, width))
 
     @classmethod
-    def level(cls, expert_map: ExpertMap, load: NDArray[np.int64], width: int) -> RoutingTables:
+    def level(cls, expert_map: ExpertMap, load: ExpertLoad, width: int) -> RoutingTables:
         """Shares that level the ranks on this load [windows, layers, logical]."""
         table = weighted_table(expert_map, load, width)
         return cls(table.logical_to_physical, table.count)
@@ -54,7 +55,7 @@ class RoutingTables:
         return RoutingTables(table, count)
 
     def window_rank_load(
-        self, expert_map: ExpertMap, load: NDArray[np.int64]
+        self, expert_map: ExpertMap, load: ExpertLoad
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """As `balance.window_rank_load`, with the shares of these tables, made for `expert_map`."""
         shares = table_shares(expert_map, self.logical_to_physical, self.count)
@@ -74,7 +75,7 @@ def worth_reweighing(
     planned: ExpertMap,
     in_force: RoutingTables,
     aim: RoutingTables,
-    load: NDArray[np.int64],
+    load: ExpertLoad,
 ) -> list[int]:
     """The layers whose map stays and whose hottest rank the new table cools.
 

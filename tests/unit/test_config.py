@@ -51,6 +51,7 @@ def test_every_documented_key_and_its_default() -> None:
         "compute_cost_alpha": 0.5,
         "expert_compute_profiling_warmup_steps": 10,
         "expert_compute_profiling_interval": 1,
+        "compute_cost_record_path": None,
         "trace_record_path": None,
         "trace_record_range": None,
         "log_balancedness": False,

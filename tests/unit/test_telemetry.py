@@ -36,7 +36,8 @@ def status(**changes: object) -> dict[str, object]:
         steps=1200, cycles=1, moved_cycles=1, failed_cycles=1, commits=4, moved_experts=7,
         bytes_received=4096, staging_bytes=512, planning_s=0.5, transfer_s=2.0, wait_s=0.25,
         longest_wait_s=0.125, stall_s=0.75, records_written=2, trace_steps=600, balancedness=0.8,
-        worst_layer_balancedness=0.5,
+        worst_layer_balancedness=0.5, time_balancedness=0.75, profiled_passes=90, profiled_experts=1.0,
+        expert_compute_s=3.0, profiling_s=0.03, compute_cost_residual=0.05,
     )  # fmt: skip
     ages = {"map_age_s": 30.0, "last_cycle_age_s": 20.0, "step_running_s": 0.0}
     return {"rank": 0, "state": "idle", "algorithm": "adaptive", **ages, **stats.as_dict(), **changes}
@@ -73,6 +74,7 @@ def test_a_scrape_shows_what_the_ranks_counted() -> None:
     samples = scrape(snapshot(0), snapshot(1, steps=1100, bytes_received=1024))
     assert samples["eplb_load_balance_ratio"] == 0.8
     assert samples["eplb_worst_layer_load_balance_ratio"] == 0.5
+    assert samples["eplb_time_balance_ratio"] == 0.75
     assert samples['eplb_cycles_total{outcome="moved"}'] == 1
     assert samples['eplb_cycles_total{outcome="failed"}'] == 1
     assert samples['eplb_cycles_total{outcome="no_load"}'] == 0

@@ -253,5 +253,10 @@ class EngineBalancing:
 def _of_draft(config: EplbConfig) -> EplbConfig:
     """A draft model is balanced by the same keys; files speak of the main model."""
     return config.model_copy(
-        update={"expert_map_path": None, "expert_map_record_path": None, "trace_record_path": None}
+        update={
+            "expert_map_path": None,
+            "expert_map_record_path": None,
+            "trace_record_path": None,
+            "compute_cost_record_path": None,
+        }
     )

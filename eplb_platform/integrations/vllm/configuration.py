@@ -203,7 +203,7 @@ def _asks_for_something(config: EplbConfig) -> bool:
     if ignored:
         _logger.warning(
             "%s has no effect without dynamic_eplb, expert_map_path, expert_map_record_path, "
-            "trace_record_path or log_balancedness: %s",
+            "trace_record_path, compute_cost_record_path or log_balancedness: %s",
             SECTION,
             ", ".join(ignored),
         )

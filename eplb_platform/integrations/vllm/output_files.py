@@ -10,25 +10,25 @@ from eplb_platform.config import SECTION, ConfigError, EplbConfig
 
 
 def check_distinct(config: EplbConfig) -> None:
-    """Raise ConfigError when the load trace would overwrite a map, or a map the trace.
+    """Raise ConfigError when one of the files would overwrite another of another kind.
 
     The map may be read from the file that it is recorded to: the next start goes on from there.
     """
-    if config.trace_record_path is None:
-        return
-    trace = os.path.realpath(config.trace_record_path)
-    for key in ("expert_map_path", "expert_map_record_path"):
-        path = getattr(config, key)
-        if path is not None and os.path.realpath(path) == trace:
-            raise ConfigError(
-                f"{SECTION}.trace_record_path: {config.trace_record_path!r} is the same file as "
-                f"{SECTION}.{key}, expected another one"
-            )
+    for written in ("trace_record_path", "compute_cost_record_path"):
+        for other in ("expert_map_path", "expert_map_record_path", "trace_record_path"):
+            path, taken = getattr(config, written), getattr(config, other)
+            if written == other or path is None or taken is None:
+                continue
+            if os.path.realpath(path) == os.path.realpath(taken):
+                raise ConfigError(
+                    f"{SECTION}.{written}: {path!r} is the same file as "
+                    f"{SECTION}.{other}, expected another one"
+                )
 
 
 def check_writable(config: EplbConfig) -> None:
     """Raise ConfigError for a record path that cannot be written."""
-    for key in ("expert_map_record_path", "trace_record_path"):
+    for key in ("expert_map_record_path", "trace_record_path", "compute_cost_record_path"):
         path = getattr(config, key)
         if path is None:
             continue
