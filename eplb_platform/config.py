@@ -124,6 +124,9 @@ _PhaseName: TypeAlias = Annotated[
 ]
 
 
+_Survival: TypeAlias = Annotated[Literal["none", "rank", "node"], _Expected("one of 'none', 'rank', 'node'")]
+
+
 class EplbConfig(BaseModel):
     """The keys of `eplb_config`, immutable. Raises ConfigError for an unknown key and for a wrong value.
 
@@ -179,6 +182,11 @@ class EplbConfig(BaseModel):
     )
     max_moved_experts_per_layer: _OptionalPositive = Field(
         default=None, description="Experts that one rearrangement may move in a layer; null: no limit."
+    )
+    survive: _Survival = Field(
+        default="none",
+        description="rank or node: place every expert so that it keeps a replica after the loss of any one; "
+        "none: by load alone.",
     )
     weighted_dispatch: _Switch = Field(
         default=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +11,7 @@ from eplb_platform.algorithms.algorithm import Algorithm, AlgorithmError
 from eplb_platform.algorithms.deepseek import serving_ranks_by_node
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
 from eplb_platform.algorithms.slots import keep_slots
+from eplb_platform.algorithms.survival import Survival, check_survival, survivable
 from eplb_platform.balance import lower_bound, moved_experts, window_balancedness
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.topology import Topology
@@ -27,6 +28,8 @@ class Plan:
         where the algorithm keeps expert groups on nodes, no map that does
     moved_experts: experts that a rank must newly receive, against the current map or, where there is none,
         against the initial layout that engines start with
+    unconstrained: what the algorithm gives without `survive`, where that was asked for: its price is the
+        difference
     """
 
     expert_map: ExpertMap
@@ -34,6 +37,7 @@ class Plan:
     lower_bound: NDArray[np.float64]
     moved_experts: NDArray[np.int64]
     algorithm: str
+    unconstrained: Plan | None = None
 
 
 def rebalance_experts(
@@ -45,6 +49,7 @@ def rebalance_experts(
     current: ExpertMap | None = None,
     algorithm: str = DEFAULT_ALGORITHM,
     compute_cost: ArrayLike | None = None,
+    survive: Survival = "none",
     **options: OptionValue,
 ) -> Plan:
     """Plan a rearrangement: the same input gives the same plan, whatever the number of threads.
@@ -56,10 +61,13 @@ def rebalance_experts(
     current: the map in use; experts that stay on their rank keep their slot
     compute_cost: [layers, logical], for algorithms that count it: the time that a token takes in an expert,
         in any unit, NaN for an expert that was not profiled; with it, the plan's measures are of the blend
+    survive: "rank" or "node": every expert keeps a replica after the loss of any one; expert groups are then
+        not kept on nodes
     options: go to the algorithm
 
     Raises ValueError for load that is negative or not finite, shapes that do not fit each other, too few
-    slots, an unknown algorithm or option; AlgorithmError where an algorithm fails its contract.
+    slots, for `survive` too, an unknown algorithm or option; AlgorithmError where an algorithm fails its
+    contract.
     """
     windows = _checked_load(load)
     _, num_layers, num_experts = windows.shape
@@ -68,6 +76,7 @@ def rebalance_experts(
         num_physical_experts = num_physical_experts or current.num_physical_experts
     slots = _checked_slots(num_physical_experts, num_experts, topology)
     _check_groups(num_expert_groups, num_experts)
+    check_survival(survive, num_experts, slots, topology)
     engine = make_algorithm(algorithm, options)
     windows = engine.weigh(windows, _checked_cost(compute_cost, (num_layers, num_experts)))
     expert_map = place_experts(
@@ -78,9 +87,15 @@ def rebalance_experts(
         num_expert_groups=num_expert_groups,
         current=current,
     )
-    return _measured(
-        algorithm, expert_map, windows, current, groups_kept(engine, expert_map, num_expert_groups)
-    )
+    kept = groups_kept(engine, expert_map, num_expert_groups)
+    plan = _measured(algorithm, expert_map, windows, current, kept)
+    if survive == "none":
+        return plan
+    secured = survivable(expert_map, windows, survive)
+    if current is not None:
+        secured = keep_slots(secured, current)
+    plan_of_secured = _measured(algorithm, ExpertMap(secured, num_experts, topology), windows, current, 1)
+    return replace(plan_of_secured, unconstrained=plan)
 
 
 def place_experts(

@@ -163,6 +163,10 @@ def plan(
         int, typer.Option(min=1, help="Windows that the steps are summed into, in order.")
     ] = 16,
     iter_range: IterRange = None,
+    survive: Annotated[
+        Literal["none", "rank", "node"],
+        typer.Option(help="Every expert keeps a replica after the loss of any one; prints what it costs."),
+    ] = "none",
     as_json: AsJson = False,
 ) -> None:
     """Plan an expert map from load traces.
@@ -187,6 +191,7 @@ def plan(
             num_windows=windows,
             compute_cost=compute_cost,
             iter_range=iter_range,
+            survive=survive,
         )
     )
     if as_json:

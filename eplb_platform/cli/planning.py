@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from eplb_platform.algorithms import DEFAULT_ALGORITHM, AlgorithmError, Plan, rebalance_experts
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
+from eplb_platform.algorithms.survival import Survival
+from eplb_platform.algorithms.survival import warm_up as warm_up_survival
 from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput
 from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, iterations, write_map
@@ -47,6 +49,7 @@ class Request:
     num_windows: int = 16
     compute_cost: Path | None = None
     iter_range: str | None = None
+    survive: Survival = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,7 @@ class Outcome:
     before: NDArray[np.float64]
     seconds: float
     output: Path
+    survive: Survival = "none"
 
     def lines(self) -> list[str]:
         """The summary, for people."""
@@ -72,7 +76,19 @@ class Outcome:
             f"{self.plan.algorithm}: {held.num_layers} layers of {held.num_logical_experts} experts in "
             f"{held.num_physical_experts} slots of {held.topology.num_ranks} ranks: "
             f"{int(self.plan.moved_experts.sum())} experts moved, planned in {self.seconds * 1e3:.3g} ms",
+            *self._price(),
             f"map: {self.output}",
+        ]
+
+    def _price(self) -> list[str]:
+        """What surviving a loss costs."""
+        free = self.plan.unconstrained
+        if free is None:
+            return []
+        moved, moved_free = int(self.plan.moved_experts.sum()), int(free.moved_experts.sum())
+        return [
+            f"survives the loss of any one {self.survive}: balancedness {self.plan.balancedness.mean():.4f}, "
+            f"{free.balancedness.mean():.4f} without that; {moved} experts moved, {moved_free} without"
         ]
 
     def as_dict(self) -> dict[str, object]:
@@ -83,8 +99,19 @@ class Outcome:
             "output": str(self.output),
             "seconds": self.seconds,
             "moved_experts": int(self.plan.moved_experts.sum()),
+            **self._price_as_dict(),
             "layers": [dict(zip(names, columns, strict=True)) for columns in self._columns()],
         } | {name: dict(zip(names, row, strict=True)) for name, row in self._overall().items()}
+
+    def _price_as_dict(self) -> dict[str, object]:
+        free = self.plan.unconstrained
+        if free is None:
+            return {}
+        without = {
+            "balancedness": float(free.balancedness.mean()),
+            "moved_experts": int(free.moved_experts.sum()),
+        }
+        return {"survive": self.survive, "without_survival": without}
 
     def _columns(self) -> Iterator[tuple[float, float, float, int]]:
         """Of each layer: balancedness before and after, its bound, moved experts."""
@@ -117,6 +144,8 @@ def make_plan(request: Request) -> Outcome:
         # Apart from the plan, whose time is told: compiling takes longer, but once.
         engine = make_algorithm(algorithm, options)
         engine.warm_up()
+        if request.survive != "none":
+            warm_up_survival()
         started = time.perf_counter()
         plan = rebalance_experts(
             load,
@@ -126,6 +155,7 @@ def make_plan(request: Request) -> Outcome:
             current=current,
             algorithm=algorithm,
             compute_cost=cost,
+            survive=request.survive,
             **options,
         )
         seconds = time.perf_counter() - started
@@ -133,7 +163,7 @@ def make_plan(request: Request) -> Outcome:
         _save(request, plan.expert_map, metadata_number(traces[0][1], "first_moe_layer"))
     except (ValueError, AlgorithmError) as error:
         raise BadInput(f"plan: {error}") from error
-    return Outcome(plan, before, seconds, request.output)
+    return Outcome(plan, before, seconds, request.output, request.survive)
 
 
 def _save(request: Request, expert_map: ExpertMap, first_moe_layer: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 
@@ -9,9 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.algorithms import Plan, load_algorithm, rebalance_experts
+from eplb_platform.algorithms.survival import Survival, check_survival, survives
+from eplb_platform.algorithms.survival import warm_up as warm_up_survival
 from eplb_platform.balance import window_balancedness
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.runtime.ports import ExpertLoad
+
+logger = logging.getLogger(__name__)
 
 
 class PlannerTimeout(RuntimeError):
@@ -41,7 +46,8 @@ class AlgorithmPlanner:
     `timeout_s`.
 
     A layer stays as it is where its balancedness is `min_balancedness` or better, where the plan does not
-    raise it, and where the plan would move more than `max_moved_experts_per_layer` experts.
+    raise it, and where the plan would move more than `max_moved_experts_per_layer` experts. Whatever the
+    balancedness, a layer moves that does not `survive` what it is to.
     """
 
     algorithm: str
@@ -49,6 +55,7 @@ class AlgorithmPlanner:
     timeout_s: float
     min_balancedness: float = 1.0
     max_moved_experts_per_layer: int | None = None
+    survive: Survival = "none"
     history: LoadHistory | None = None
     """Given where the map is only recorded, to be deployed later: the plan is made from nothing, on the load
     of all cycles, since a fresh start moves nothing and serves all of it."""
@@ -56,6 +63,8 @@ class AlgorithmPlanner:
     def warm_up(self) -> None:
         """Compile what the algorithm compiles, so that the first plan does not wait for it."""
         load_algorithm(self.algorithm)().warm_up()
+        if self.survive != "none":
+            warm_up_survival()
 
     async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         """load: [windows, layers, logical], tokens, perhaps weighed. Returns `current` itself where
@@ -90,12 +99,28 @@ class AlgorithmPlanner:
             num_expert_groups=self.num_expert_groups,
             current=None if self.history is not None else current,
             algorithm=self.algorithm,
+            survive=self._survival(current),
         )
-        layers = self._worth_moving(plan, window_balancedness(current, load))
+        layers = self._worth_moving(plan, window_balancedness(current, load), current)
         return current.replace_layers(layers.tolist(), plan.expert_map) if layers.size else current
 
-    def _worth_moving(self, plan: Plan, balancedness: NDArray[np.float64]) -> NDArray[np.intp]:
+    def _survival(self, current: ExpertMap) -> Survival:
+        """What the active ranks have slots for: fewer of them may not survive the loss of another one."""
+        try:
+            check_survival(
+                self.survive, current.num_logical_experts, current.num_physical_experts, current.topology
+            )
+        except ValueError as error:
+            logger.warning("planning without it: %s", error)
+            return "none"
+        return self.survive
+
+    def _worth_moving(
+        self, plan: Plan, balancedness: NDArray[np.float64], current: ExpertMap
+    ) -> NDArray[np.intp]:
         gains = (plan.balancedness > balancedness) & (balancedness < self.min_balancedness)
+        gains |= ~survives(current, self.survive) & survives(plan.expert_map, self.survive)
+        gains &= survives(plan.expert_map, self.survive) | ~survives(current, self.survive)
         if self.max_moved_experts_per_layer is not None and self.history is None:
             gains &= plan.moved_experts <= self.max_moved_experts_per_layer
         return np.flatnonzero(gains)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from eplb_platform.algorithms import load_algorithm
 from eplb_platform.algorithms.compute_aware import ComputeAware
 from eplb_platform.algorithms.random_placement import RandomPlacement
+from eplb_platform.algorithms.survival import check_survival
 from eplb_platform.config import EplbConfig
 from eplb_platform.cost import ExpertComputeProfiler
 from eplb_platform.dispatch import warm_up as warm_up_dispatch
@@ -89,6 +90,10 @@ def start_balancer(
         _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
     num_ranks = model.expert_map.topology.num_ranks
+    initial = model.expert_map
+    check_survival(
+        config.survive, initial.num_logical_experts, initial.num_physical_experts, initial.topology
+    )
     with ExitStack() as undo:
         undo.callback(backend.close)
         members = model.expert_map.topology.active_ranks
@@ -306,6 +311,7 @@ def _planner(config: EplbConfig, num_expert_groups: int, plans: bool) -> Algorit
         timeout_s=config.transfer_timeout_s,
         min_balancedness=config.min_balancedness,
         max_moved_experts_per_layer=config.max_moved_experts_per_layer,
+        survive=config.survive,
         history=None if config.moves_experts else LoadHistory(),
     )
     if config.observes and plans:

@@ -42,6 +42,7 @@ def test_every_documented_key_and_its_default() -> None:
         "layer_updates_per_step": 1,
         "min_balancedness": 1.0,
         "max_moved_experts_per_layer": None,
+        "survive": "none",
         "weighted_dispatch": False,
         "staging_memory_mb": None,
         "transfer_timeout_s": 30.0,
