@@ -62,6 +62,18 @@ class Message:
     tensor: torch.Tensor
 
 
+class PreparedExchange(Protocol):
+    """An exchange of which all is ready that does not need the device's streams."""
+
+    def enqueue(self) -> None:
+        """Enqueue it on the current stream, and wait for nothing.
+
+        Forward thread, inside `streams.transfer()`, at a boundary that all ranks agreed on. Its tensors are
+        in use until a mark has passed that is recorded afterwards. Raises `GroupError`.
+        """
+        ...
+
+
 class StreamOperations(ABC):
     """Order between the forward stream and the transfer stream of one device.
 
@@ -94,6 +106,15 @@ class StreamOperations(ABC):
         Host memory comes from `Backend.allocate_on_host`. Both tensors may be given back at once.
         """
 
+    def keep(self, tensor: torch.Tensor) -> None:  # noqa: B027  # host memory needs no care
+        """The tensor may be given back while operations that use it are pending on the current stream."""
+
+    def check_not_capturing(self) -> None:  # noqa: B027  # a device without graphs has nothing to check
+        """Raise RuntimeError while the current stream is being captured into a graph.
+
+        Forward thread, before anything is enqueued.
+        """
+
 
 class DeviceTimer(Protocol):
     """Measures time on the device between two points of the current stream."""
@@ -111,15 +132,18 @@ class Backend(ABC):
     """One device family: its collectives, streams and weight movement.
 
     The group's methods (`connect` to `exchange`) are called from one thread at a time: `connect` and
-    `warm_up` at start, everything else by the background thread. `abort` and `close` may come from any
-    thread.
+    `warm_up` at start, `open_exchange` by the forward thread, everything else by the background thread.
+    `abort` and `close` may come from any thread.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     """As in `torch.device.type`."""
-    collective: ClassVar[str]
-    """The library that moves weights: gloo, nccl, hccl."""
+    collective: str
+    """The library that moves weights: gloo, nccl, hccl. A class says it of its default transport."""
+    enqueues_on_forward: bool = False
+    """Whether the forward thread has to enqueue exchanges, as operations of the device's group may not race
+    the model's own. While serving, `prepare_exchange` then takes the place of `exchange`."""
     contract_version: ClassVar[int] = CONTRACT_VERSION
 
     def __init__(self, streams: StreamOperations | None = None) -> None:
@@ -202,8 +226,27 @@ class Backend(ABC):
 
         Called inside `streams.transfer()`. Received tensors are only to be read on that stream, or by streams
         that waited for a mark recorded on it afterwards. Raises `GroupError`; what was received is then
-        undefined.
+        undefined. Where `enqueues_on_forward`, it is called at start only, by the thread that called
+        `connect`.
         """
+
+    # --- the same, where the forward thread has to enqueue it: `enqueues_on_forward` ---
+
+    def open_exchange(self, epoch: int) -> None:
+        """Make the group anew that `enqueue` uses, after `rebuild(epoch)`, and touch every pair of ranks.
+
+        Forward thread, at a boundary that all ranks agreed on; at start `warm_up` does it. May wait for the
+        other ranks, with the time-out; `abort` ends that. Raises `GroupError`, and RuntimeError during graph
+        capture.
+        """
+        raise NotImplementedError(f"backend {self.name!r} lacks open_exchange")
+
+    def prepare_exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> PreparedExchange:
+        """Make all ready for an `exchange` that the forward thread enqueues, so that it has little to do.
+
+        Background thread, inside `streams.transfer()`. No tensor of a message is read or written yet.
+        """
+        raise NotImplementedError(f"backend {self.name!r} lacks prepare_exchange")
 
     # --- weights ---
 

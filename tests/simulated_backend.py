@@ -1,18 +1,22 @@
-"""The code that accelerators share, over simulated streams."""
+"""The code that accelerators share, over simulated streams and a simulated collective library."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from torch.distributed import Store
+
 from eplb_backends.accelerator import AcceleratorBackend
+from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
 from eplb_platform.testing.simulated_accelerator import SimulatedDevice, SimulatedStreams, SimulatedTimer
+from eplb_platform.testing.simulated_collective import SimulatedCollective
 
 
 class SimulatedBackend(AcceleratorBackend):
     name: ClassVar[str] = "simulated"
     device_type: ClassVar[str] = "cpu"
-    collective: ClassVar[str] = "gloo"
+    device_collective: ClassVar[str | None] = "simulated"
     seed: ClassVar[int] = 0
 
     @classmethod
@@ -31,3 +35,14 @@ class SimulatedBackend(AcceleratorBackend):
     def timer(self) -> DeviceTimer:
         assert isinstance(self.streams, SimulatedStreams)
         return SimulatedTimer(self.streams)
+
+    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+        assert isinstance(self.streams, SimulatedStreams)
+        return SimulatedCollective(self.streams, store, self._rank, self._num_ranks)
+
+
+class SimulatedCollectiveBackend(SimulatedBackend):
+    """Its exchanges are enqueued by the forward thread."""
+
+    def __init__(self) -> None:
+        super().__init__(transport="collective")

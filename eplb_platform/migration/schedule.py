@@ -38,13 +38,20 @@ class RankMoves:
     """The rank at the other end; -1 where the expert is loaded from the checkpoint."""
     peer_slot: Ids
     """The slot of the other rank, counted from 0 there."""
+    move: NDArray[np.int64]
+    """Which of the chunk's moves it is."""
 
     def __len__(self) -> int:
         return len(self.layer)
 
     def __getitem__(self, which: NDArray[np.int64]) -> RankMoves:
         return RankMoves(
-            self.layer[which], self.expert[which], self.slot[which], self.peer[which], self.peer_slot[which]
+            self.layer[which],
+            self.expert[which],
+            self.slot[which],
+            self.peer[which],
+            self.peer_slot[which],
+            self.move[which],
         )
 
 
@@ -73,6 +80,12 @@ class Chunk:
     def num_moves(self) -> int:
         return len(self.layer)
 
+    @property
+    def crosses_ranks(self) -> bool:
+        """Whether any expert moves from one rank to another."""
+        slots = self.map_after.slots_per_rank
+        return bool(((self.source // slots != self.target // slots) & (self.source >= 0)).any())
+
     def receives_of(self, rank: int) -> RankMoves:
         """What arrives on `rank`, copies within the rank included; the i-th takes row i of its staging."""
         slots = self.map_after.slots_per_rank
@@ -87,7 +100,9 @@ class Chunk:
 
     def _seen_from(self, here: Ids, there: Ids, which: NDArray[np.int64]) -> RankMoves:
         slots = self.map_after.slots_per_rank
-        return RankMoves(self.layer[which], self.expert[which], here % slots, there // slots, there % slots)
+        return RankMoves(
+            self.layer[which], self.expert[which], here % slots, there // slots, there % slots, which
+        )
 
     def sends_by_rank(self) -> Ids:
         """[ranks], experts that each rank sends to others."""

@@ -28,7 +28,7 @@ from eplb_platform.offline.simulated_time import (
 )
 from eplb_platform.offline.step_time import RankWork, StepTime, even_shares, rank_work
 from eplb_platform.runtime.cycle import RankLink
-from eplb_platform.runtime.gate import CommitGate
+from eplb_platform.runtime.gate import ForwardGate
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.start import assemble
@@ -192,7 +192,7 @@ class Balanced:
         self._migrator = SimulatedMigrator(self._clock, self._step_time, staging)
         self._model = _Model(initial)
         plane = SingleVoice(self._clock, setting.profile.links.agreement_ms / 1e3)
-        link = RankLink(0, 1, plane, self._group, self._clock, CommitGate())
+        link = RankLink(0, 1, plane, self._group, self._clock, ForwardGate())
         planner = AlgorithmPlanner(
             algorithm=name,
             num_expert_groups=setting.num_expert_groups,

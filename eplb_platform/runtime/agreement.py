@@ -100,8 +100,11 @@ class Agreement:
         choose: Callable[[Sequence[int]], int] = max,
         *,
         timeout_s: float | None = None,
+        is_ending: Callable[[], str] | None = None,
     ) -> int:
         """Offer a number, wait for every other rank's, and return what `choose` makes of them all.
+
+        is_ending: in place of the undertaking's own
 
         Raises `CycleAborted` when any rank ended the cycle, or after `timeout_s` seconds (None waits without
         a
@@ -114,7 +117,7 @@ class Agreement:
         if await self._plane.count(f"{key}/count") == len(self._ranks):
             offers = await self._plane.read_all([f"{key}/{rank}" for rank in self._ranks])
             await self._plane.settle(key, self._verdict(offers, choose))
-        return await self._learn(key, place, timeout_s)
+        return await self._learn(key, place, timeout_s, is_ending or self._is_ending)
 
     async def decide(
         self,
@@ -146,10 +149,16 @@ class Agreement:
         """Tell ranks that wait anywhere in this cycle that it is over; returns the reason that stands."""
         return (await self._plane.settle(self._end_key, f"failed {reason}")).partition(" ")[2]
 
-    async def _learn(self, key: str, place: str, timeout_s: float | None) -> int:
+    async def announce_end(self, reason: str) -> None:
+        """The same, where nothing failed."""
+        await self._plane.settle(self._end_key, f"cancelled {reason}")
+
+    async def _learn(
+        self, key: str, place: str, timeout_s: float | None, is_ending: Callable[[], str]
+    ) -> int:
         started, pause = self._clock.now(), FIRST_POLL_S
         while (verdict := await self._plane.read(key)) is None:
-            ending = await self._ending(place, started, timeout_s)
+            ending = await self._ending(place, started, timeout_s, is_ending())
             if ending is not None:
                 verdict = await self._plane.settle(key, ending)
                 break
@@ -157,9 +166,9 @@ class Agreement:
             pause = min(pause * 1.5, SLOWEST_POLL_S)
         return self._act_on(verdict)
 
-    async def _ending(self, place: str, started: float, timeout_s: float | None) -> str | None:
+    async def _ending(self, place: str, started: float, timeout_s: float | None, wish: str) -> str | None:
         """The verdict that this rank would write for the place now, if any."""
-        if wish := self._is_ending():
+        if wish:
             return await self._plane.settle(self._end_key, f"cancelled rank {self._rank}: {wish}")
         if (ending := await self._plane.read(self._end_key)) is not None:
             return ending

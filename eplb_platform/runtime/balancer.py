@@ -15,7 +15,7 @@ from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import HeatWindows, Phase
 from eplb_platform.records import RecordError
-from eplb_platform.runtime.commit import Commit
+from eplb_platform.runtime.actions import Action, Commit, EnqueueExchange, OpenExchange
 from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import (
     Cycle,
@@ -198,9 +198,9 @@ class Balancer:
         self._heat.record(physical_load, sent_by, phase, is_dummy)
         if self._step_loads is not None:
             self._step_loads.record(physical_load, sent_by, phase=phase, is_dummy=is_dummy)
-        commit = await self._pass_boundary()
-        if commit is not None:
-            self._execute(commit)
+        action = await self._pass_boundary()
+        if action is not None:
+            self._execute(action)
         if self._is_due():
             self._start_cycle()
         if self._profiling is not None:
@@ -258,7 +258,7 @@ class Balancer:
         self._check_shape(expert_map)
         await self._meet("invalidate", expert_map.digest(), timeout_s)
         gate = self._link.gate
-        gate.drop_commits()
+        gate.drop_actions()
         await self._await_end_of_cycle("invalidate")
         gate.reopen()
         self._map_since = self._link.clock.now()
@@ -456,7 +456,7 @@ class Balancer:
 
     # --- committing ---
 
-    async def _pass_boundary(self) -> Commit | None:
+    async def _pass_boundary(self) -> Action | None:
         clock = self._link.clock
         started = clock.now()
         try:
@@ -466,7 +466,25 @@ class Balancer:
             self.stats.wait_s += wait
             self.stats.longest_wait_s = max(self.stats.longest_wait_s, wait)
 
-    def _execute(self, commit: Commit) -> None:
+    def _execute(self, action: Action) -> None:
+        """A commit that fails here leaves this rank behind the others; anything else costs the cycle only."""
+        fault: Exception | None = None
+        if isinstance(action, Commit):
+            self._commit(action)
+        else:
+            try:
+                self._enqueue(action)
+            except Exception as error:
+                fault = error
+        self._link.gate.acted(fault)
+
+    def _enqueue(self, action: EnqueueExchange | OpenExchange) -> None:
+        if isinstance(action, OpenExchange):
+            self._link.group.open_exchange(action.epoch)
+        else:
+            self._link.group.enqueue(action.chunk)
+
+    def _commit(self, commit: Commit) -> None:
         if self._migrator is None:
             raise RuntimeError("a commit was agreed for a balancer that only observes")
         chunk = commit.chunk
@@ -476,7 +494,6 @@ class Balancer:
         self.stats.commits += 1
         if self.stats.first_commit_step is None:
             self.stats.first_commit_step = self.stats.steps
-        self._link.gate.committed()
 
     def _route(self, layers: Sequence[int], expert_map: ExpertMap, tables: RoutingTables | None) -> None:
         """Route `layers` by this map from now on, its replicas evenly or by the tables."""
@@ -663,9 +680,9 @@ class Balancer:
         """Ranks learn of an agreed commit one after the other; each that does executes it at once."""
         deadline = self._link.clock.now() + ANSWER_TIMEOUTS * self._rules.timeout_s
         while not await self._background.wait_idle(LOOK_AGAIN_S):
-            commit = self._link.gate.agreed_commit()
-            if commit is not None:
-                self._execute(commit)
+            action = self._link.gate.take_agreed_action()
+            if action is not None:
+                self._execute(action)
             if self._link.clock.now() > deadline:
                 raise ForwardStopped(f"{purpose}: the background thread is still in {self.state}")
         self._wish_to_end = ""

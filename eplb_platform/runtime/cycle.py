@@ -21,9 +21,10 @@ from eplb_platform.balance import mean_over_max, moved_experts, window_balancedn
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Chunk, build_schedule, unmoved
 from eplb_platform.records import RecordError
+from eplb_platform.runtime.actions import Commit, EnqueueExchange, OpenExchange
 from eplb_platform.runtime.agreement import Agreement, CycleAborted, fingerprint, same
-from eplb_platform.runtime.commit import Commit
-from eplb_platform.runtime.gate import CommitGate, CommitsDropped
+from eplb_platform.runtime.forward_agreement import ForwardAgreement
+from eplb_platform.runtime.gate import ActionsDropped, ForwardGate
 from eplb_platform.runtime.ports import (
     Clock,
     ComputeCosts,
@@ -140,9 +141,11 @@ class RankLink:
     plane: ControlPlane
     group: Group
     clock: Clock
-    gate: CommitGate
+    gate: ForwardGate
     epoch: int = 0
     wanted_epoch: int = 0
+    open_epoch: int = 0
+    """Of the device's group, where the forward thread makes it."""
     finished_keys: Sequence[str] = ()
     members: Sequence[int] = ()
     generation: int = 0
@@ -216,12 +219,15 @@ class Cycle:
             ranks=link.members,
             is_ending=is_ending,
         )
+        self._forward = ForwardAgreement(
+            link, self._places, margin_steps=rules.commit_margin_steps, timeout_s=rules.timeout_s
+        )
 
     async def run(self) -> CycleReport:
         """Take part in the cycle until it ends on this rank."""
         try:
             await self._run()
-        except CommitsDropped as dropped:
+        except ActionsDropped as dropped:
             await self._end(str(dropped), Outcome.CANCELLED)
         except CycleAborted as aborted:
             await self._end(str(aborted), Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED)
@@ -271,6 +277,12 @@ class Cycle:
             with self._inside_group(), self._timed(Stage.REBUILD):
                 link.epoch = link.wanted_epoch = epoch
                 await link.group.rebuild(epoch, link.members)
+        if link.group.enqueues_on_forward and link.open_epoch != link.epoch:
+            with self._inside_group(), self._timed(Stage.REBUILD):
+                await self._forward.execute_together("open", OpenExchange(epoch), self._note_open)
+
+    async def _note_open(self) -> None:
+        self._link.open_epoch = self._link.epoch
 
     async def _collect(self) -> NDArray[np.int64]:
         with self._timed(Stage.COLLECT):
@@ -398,49 +410,29 @@ class Cycle:
             # nothing.
             await self._places.agree(f"{place}/ready")
             with self._inside_group():
-                await self._link.group.fetch(chunk)
+                await self._bring(place, chunk)
             chunk.map_after.derive_tables()  # here, so that the forward thread finds them at the commit
         with self._timed(Stage.AGREE):
             await self._places.agree(f"{place}/staged", timeout_s=self._timeout_s)
-            boundary = await self._agree_on_boundary(f"{place}/commit")
-            self._link.gate.commit_at(boundary, Commit(chunk, tables))
+            not_before = self._started_at_boundary + self._rules.first_commit_after_steps
+            await self._forward.agree(f"{place}/commit", Commit(chunk, tables), not_before=not_before)
         with self._timed(Stage.COMMIT):
-            await self._wait_for_the_commit()
+            await self._forward.until_executed()  # the staging is in use until then
         self.report.outcome = Outcome.MOVED
         self.report.chunks_committed += 1
         self.report.moved_experts += int(moved_experts(self._map, chunk.map_after).sum())
         self._map, self._tables = chunk.map_after, tables
 
-    async def _agree_on_boundary(self, place: str) -> int:
-        """From the promise on, this rank acts on the verdict of `place` alone, or stops when it cannot learn
-        it.
-        """
-        gate = self._link.gate
-        not_before = self._started_at_boundary + self._rules.first_commit_after_steps
-        offer = gate.promise(self._rules.commit_margin_steps, not_before)
-        try:
-            try:
-                return await self._places.agree(place, offer, max, timeout_s=self._timeout_s)
-            except CycleAborted:
-                raise
-            except Exception as error:
-                logger.warning("cycle %d: %s: %s; settling it", self.report.number, place, error)
-                return await self._places.settle_as_failed(place, f"rank {self._link.rank}: {error}")
-        except CycleAborted:
-            gate.release()
-            raise
-        except Exception as error:
-            gate.fail(error)
-            raise
-
-    async def _wait_for_the_commit(self) -> None:
-        """However long the engine takes no step: the staging is in use until then."""
-        gate = self._link.gate
-        await self._link.clock.until(lambda: gate.is_committed or gate.is_closed)
-        if gate.is_dropping:
-            raise CommitsDropped("no commit of this cycle will be executed")
-        if not gate.is_committed:
-            raise CycleAborted(f"rank {self._link.rank}: closing", is_cancelled=True)
+    async def _bring(self, place: str, chunk: Chunk) -> None:
+        """This rank's new experts of `chunk` into its staging."""
+        group = self._link.group
+        if group.enqueues_on_forward and chunk.crosses_ranks:
+            await group.prepare(chunk)
+            await self._forward.execute_together(
+                f"{place}/enqueue", EnqueueExchange(chunk), lambda: group.arrive(chunk)
+            )
+        else:
+            await group.fetch(chunk)
 
     async def _record(self, expert_map: ExpertMap, *, keep_earlier: bool = False) -> None:
         """A record that cannot be written is reported; it ends no cycle."""

@@ -77,6 +77,7 @@ class Deployment:
         schedule = self._schedule(current, goal, migrator.staging.slots)
         for chunk in schedule.chunks:
             migrator.fetch(chunk)
+            migrator.verify(chunk)
             migrator.swap(chunk)
             self.model.apply_map(chunk.layers, chunk.map_after)
         logger.info(

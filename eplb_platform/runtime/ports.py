@@ -88,7 +88,32 @@ class Group(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """End what is pending here and on the peers."""
+        """End what is pending here and on the peers, `enqueue` and `open_exchange` included. Any thread."""
+
+    # Where the forward thread has to enqueue exchanges, these take the place of `fetch`.
+
+    @property
+    def enqueues_on_forward(self) -> bool:
+        """Whether exchanges are enqueued by the forward thread; the same on every rank."""
+        return False
+
+    def open_exchange(self, epoch: int) -> None:
+        """Make the group that exchanges use, under `epoch`, together with every other rank, for which this
+        may wait. Forward thread, between two passes.
+        """
+        raise NotImplementedError
+
+    async def prepare(self, chunk: Chunk) -> None:
+        """Make all ready that `enqueue` needs. Touches no staging."""
+        raise NotImplementedError
+
+    def enqueue(self, chunk: Chunk) -> None:
+        """Enqueue what `fetch` would do with a prepared chunk. Forward thread; waits for nothing."""
+        raise NotImplementedError
+
+    async def arrive(self, chunk: Chunk) -> None:
+        """Return once what `enqueue` enqueued is done."""
+        raise NotImplementedError
 
 
 class Background(ABC):

@@ -87,13 +87,34 @@ class BackendGroup(Group):
         return self._backend.broadcast_on_host(values, source)
 
     async def fetch(self, chunk: Chunk) -> None:
-        if self._migrator is None:
-            raise RuntimeError("this balancer observes only and cannot move experts")
-        self._migrator.fetch(chunk)
-        self._migrator.await_staged(self._timeout_s)
+        self._moving().fetch(chunk)
+        self._moving().await_staged(self._timeout_s)
+        self._moving().verify(chunk)
 
     def abort(self) -> None:
         self._backend.abort()
+
+    @property
+    def enqueues_on_forward(self) -> bool:
+        return self._migrator is not None and self._backend.enqueues_on_forward
+
+    def open_exchange(self, epoch: int) -> None:
+        self._backend.open_exchange(epoch)
+
+    async def prepare(self, chunk: Chunk) -> None:
+        self._moving().prepare(chunk)
+
+    def enqueue(self, chunk: Chunk) -> None:
+        self._moving().enqueue(chunk)
+
+    async def arrive(self, chunk: Chunk) -> None:
+        self._moving().await_staged(self._timeout_s)
+        self._moving().verify(chunk)
+
+    def _moving(self) -> Migrator:
+        if self._migrator is None:
+            raise RuntimeError("this balancer observes only and cannot move experts")
+        return self._migrator
 
 
 class BackgroundThread(Background):

@@ -116,6 +116,9 @@ class Resizing:
             if moves:
                 await link.group.rebuild(verdict.epoch, verdict.present)
                 self.has_group = True
+                if link.group.enqueues_on_forward:  # this is the forward thread, and all others are here
+                    link.group.open_exchange(verdict.epoch)
+                    link.open_epoch = verdict.epoch
             current, target = await self._maps(current, moves)
             await self._agree("target", fingerprint(current, target), same)
             if moves:

@@ -26,7 +26,7 @@ from eplb_platform.runtime.balancer import Balancer, LockedHeat
 from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import CycleRules, RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment
-from eplb_platform.runtime.gate import CommitGate
+from eplb_platform.runtime.gate import ForwardGate
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
 from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer
@@ -99,7 +99,7 @@ def start_balancer(
         members = model.expert_map.topology.active_ranks
         _connect(backend, PrefixStore(name, store), rank, num_ranks, members, config.transfer_timeout_s)
         migrator = _new_migrator(config, model, backend, rank) if config.moves_experts else None
-        gate = CommitGate()
+        gate = ForwardGate()
         group = BackendGroup(backend, migrator, config.transfer_timeout_s, members if rank in members else ())
         link = RankLink(
             rank,

@@ -10,10 +10,10 @@ at a time and each as a whole; a stream keeps its order, and between streams onl
 missing, or memory that is used again too early, therefore shows up as wrong data for some seed.
 
 What this cannot show: numbers that a device computes differently; copies that are half done; memory that the
-allocator gives out again while it is in use (`record_stream`); the order in which a collective library wants
-its calls on all ranks; formats that are not what torch describes (NZ); whether anything synchronises the
-thread that should not; and how long anything takes. A torch operation that is called directly runs at once,
-as if the host had waited for the stream it belongs to: put the model's own work into `launch`.
+allocator gives out again while it is in use (`record_stream`); formats that are not what torch describes
+(NZ); whether anything synchronises the thread that should not; and how long anything takes. A torch operation
+that is called directly runs at once, as if the host had waited for the stream it belongs to: put the model's
+own work into `launch`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,19 @@ class SimulatedMark:
 
 
 Kernel: TypeAlias = Callable[[], None]
-_Operation: TypeAlias = "Kernel | SimulatedMark | _Wait"
+_Operation: TypeAlias = "Kernel | SimulatedMark | _Wait | _Arrival"
 
 
 @dataclass(frozen=True)
 class _Wait:
     mark: SimulatedMark
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """The stream goes on once something has come from outside of the device."""
+
+    is_here: Callable[[], bool]
 
 
 class SimulatedDevice:
@@ -99,6 +106,8 @@ class SimulatedDevice:
         with self._lock:
             while not mark.has_passed and self._random.random() < _PATIENCE:
                 if not self._run_one():
+                    if self._awaits_others():
+                        break
                     raise SimulationError(f"nothing can run, and {mark} has not passed: {self._stuck()}")
             return mark.has_passed
 
@@ -123,10 +132,13 @@ class SimulatedDevice:
         operation = self._queues[stream].popleft()
         if isinstance(operation, SimulatedMark):
             operation.has_passed = True
-        elif not isinstance(operation, _Wait):
+        elif not isinstance(operation, _Wait | _Arrival):
             self.executed += 1
             operation()
         return True
+
+    def _awaits_others(self) -> bool:
+        return any(queue and isinstance(queue[0], _Arrival) for queue in self._queues.values())
 
     def _choose(self, ready: Sequence[str]) -> str:
         return self._random.choices(ready, [self._weights[stream] for stream in ready])[0]
@@ -140,6 +152,8 @@ class SimulatedStreams(StreamOperations):
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.device = device
+        self.is_capturing = False
+        """Set by a test."""
         self._thread = threading.local()
 
     @contextmanager
@@ -152,6 +166,7 @@ class SimulatedStreams(StreamOperations):
             self._thread.stream = before
 
     def record(self) -> SimulatedMark:
+        self.check_not_capturing()
         mark = SimulatedMark(self.device, self._current)
         self.device.enqueue(self._current, mark)
         return mark
@@ -171,6 +186,14 @@ class SimulatedStreams(StreamOperations):
     def launch(self, kernel: Kernel) -> None:
         """Run a function on the current stream: a kernel of the model, say."""
         self.device.enqueue(self._current, kernel)
+
+    def await_arrival(self, is_here: Callable[[], bool]) -> None:
+        """Make the current stream wait for something from outside of the device, a message say."""
+        self.device.enqueue(self._current, _Arrival(is_here))
+
+    def check_not_capturing(self) -> None:
+        if self.is_capturing:
+            raise RuntimeError("the simulated stream is being captured into a graph")
 
     @property
     def _current(self) -> str:
@@ -215,6 +238,8 @@ class SimulatedTimer:
 
 
 def _can_run(operation: _Operation) -> bool:
+    if isinstance(operation, _Arrival):
+        return operation.is_here()
     return not isinstance(operation, _Wait) or operation.mark.has_passed
 
 

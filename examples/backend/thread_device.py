@@ -79,7 +79,7 @@ class ThreadStreams(StreamOperations):
 class ThreadBackend(AcceleratorBackend):
     name: ClassVar[str] = "thread"
     device_type: ClassVar[str] = "cpu"
-    collective: ClassVar[str] = "gloo"
+    collective = "gloo"
     contract_version: ClassVar[int] = 1
 
     @classmethod

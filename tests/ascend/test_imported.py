@@ -66,11 +66,13 @@ def test_a_group_s_options_take_every_option_and_misspelt_ones_too(environment: 
     largest["qos_traffic_class"] = 252
     script = f"""
         import json
+        from datetime import timedelta
         from eplb_backends.ascend import environment
         from eplb_backends.ascend.hccl_options import HcclOptions
         torch_npu = environment.torch_npu()
-        options = HcclOptions({largest}).to_process_group(torch_npu)
+        options = HcclOptions({largest}).to_process_group(torch_npu, timedelta(seconds=1800))
         assert type(options) is torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options
+        assert options._timeout == timedelta(seconds=1800)
         misspelt = type(options)()
         misspelt.hccl_config = {{"hccl_bufer_size": 1}}
         print(json.dumps([options.hccl_config, misspelt.hccl_config]))

@@ -96,7 +96,7 @@ def serve_reloaded(rank: int, num_ranks: int, store: Store, reload: Reload) -> R
     def when() -> int | None:
         """The step to meet at, once rank 0 knows one."""
         if reload.at_commit:
-            return None if gate._commit_at is None else gate._commit_at - 1
+            return None if gate._action_at is None else gate._action_at - 1
         if reload.is_promised:
             return None if gate._promise is None else step + 2
         is_ready = holder.reached.is_set() if reload.stage else balancer.stats.cycles > 0
@@ -111,7 +111,7 @@ def serve_reloaded(rank: int, num_ranks: int, store: Store, reload: Reload) -> R
     wrong += failed
     if rank == reload.ahead_rank or reload.ahead_rank is None:
         balancer.step(load)
-    was_pending, was_promised = gate.agreed_commit() is not None, gate._promise is not None
+    was_pending, was_promised = gate.agreed_action() is not None, gate._promise is not None
     map_before, commits_before = balancer.expert_map, balancer.stats.commits
     threading.Timer(0.1, holder.let_go.set).start()
     error = late_error = ""

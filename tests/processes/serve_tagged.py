@@ -155,8 +155,8 @@ def commit_late_on_rank_1(balancer: Balancer, step: int) -> None:
     """Break the rule on purpose: one rank commits one step after the others."""
     if step == 0 and balancer._link.rank == 1:
         gate = balancer._link.gate
-        on_time = gate.commit_at
-        gate.commit_at = lambda boundary, commit: on_time(boundary + 1, commit)  # type: ignore[method-assign]
+        on_time = gate.act_at
+        gate.act_at = lambda boundary, commit: on_time(boundary + 1, commit)  # type: ignore[method-assign]
 
 
 def die_late(balancer: Balancer, step: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import Store
 
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.migration.schedule import build_schedule
+from eplb_platform.migration.schedule import Chunk, build_schedule
 from eplb_platform.migration.staging import Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.testing.processes import RankPool
@@ -65,7 +65,7 @@ def migrate_once(backend: SimulatedBackend, rank: int, seed: int, kind: type[Sim
     current = old
     for chunk in build_schedule(old, new, layers_per_chunk=1, staging_slots=staging.slots).chunks:
         enqueue_pass(current)
-        background = threading.Thread(target=migrator.fetch, args=(chunk,))
+        background = threading.Thread(target=fetch_and_verify, args=(migrator, chunk))
         background.start()
         enqueue_pass(current)
         background.join()
@@ -75,6 +75,11 @@ def migrate_once(backend: SimulatedBackend, rank: int, seed: int, kind: type[Sim
     device.finish()
     assert current == new
     return faults
+
+
+def fetch_and_verify(migrator: Migrator, chunk: Chunk) -> None:
+    migrator.fetch(chunk)
+    migrator.verify(chunk)
 
 
 @pytest.fixture(scope="module")

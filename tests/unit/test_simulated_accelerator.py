@@ -15,6 +15,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from eplb_backends.accelerator import streams as accelerator_streams
 from eplb_backends.accelerator.host_transfer import HostTransfer
@@ -84,8 +85,10 @@ class WatchedStreams(SimulatedStreams):
 class ScriptedPeers:
     """The group as one rank sees it: what its peers send is known beforehand, what it sends is kept."""
 
-    def __init__(self, incoming: dict[int, bytes], during: Callable[[int], None]) -> None:
+    def __init__(self, chunk: Chunk, rank: int, during: Callable[[int], None]) -> None:
+        incoming = octets_by_peer(chunk.receives_of(rank), rank)
         self.is_closed = False
+        self.checksums = checksums_of_peers(chunk, rank)
         self.sent: dict[int, bytes] = {}
         self._incoming = incoming
         self._during = during
@@ -123,6 +126,10 @@ class ScriptedBackend(SimulatedBackend):
             allocate=lambda nbytes: self.allocate_on_host((nbytes,), torch.uint8),
         )
 
+    def sum_on_host(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert self.peers is not None
+        return values + self.peers.checksums
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         assert self.peers is not None
         self.way.exchange(self.peers, sends, receives, 30.0)
@@ -144,6 +151,25 @@ def expert(layer: int, logical: int) -> list[torch.Tensor]:
 
 
 PATTERN = [[expert(layer, logical) for logical in range(EXPERTS)] for layer in range(LAYERS)]
+
+
+def octets_by_peer(moves: RankMoves, rank: int) -> dict[int, bytes]:
+    """What each pair has to say: the experts in order."""
+    octets: dict[int, bytes] = {}
+    for layer, logical, peer in zip(moves.layer, moves.expert, moves.peer.tolist(), strict=True):
+        if peer != rank:
+            octets[peer] = octets.get(peer, b"") + octets_of(PATTERN[layer][logical])
+    return octets
+
+
+def checksums_of_peers(chunk: Chunk, rank: int) -> NDArray[np.int64]:
+    """[moves], what all other ranks together add to the comparison of what was sent and received."""
+    checksums = np.zeros(chunk.num_moves, np.int64)
+    for sign, moves in ((1, chunk.receives_of(rank)), (-1, chunk.sends_of(rank))):
+        for move, layer, logical, peer in zip(moves.move, moves.layer, moves.expert, moves.peer, strict=True):
+            if peer != rank:
+                checksums[move] += sign * checksum_on_host(PATTERN[layer][logical])
+    return checksums
 
 
 def placed(rows: Sequence[Sequence[int]]) -> list[list[torch.Tensor | list[torch.Tensor]]]:
@@ -264,14 +290,15 @@ class Episode:
 
     def _fetch(self, chunk: Chunk) -> None:
         peers = self.backend.peers = ScriptedPeers(
-            self._incoming(chunk), lambda round_: self._enqueue_model() if round_ == 1 else None
+            chunk, self.rank, lambda round_: self._enqueue_model() if round_ == 1 else None
         )
         self.migrator.fetch(chunk)
         if self.awaits:
             self.migrator.await_staged(30.0)
             if self.device.pending(TRANSFER):
                 self.faults.append("experts were called staged that are still on their way")
-        outgoing = self._by_peer(chunk.sends_of(self.rank))
+        self.migrator.verify(chunk)
+        outgoing = octets_by_peer(chunk.sends_of(self.rank), self.rank)
         if peers.sent != outgoing:
             self.faults.append(f"peers were sent wrong bytes of layers {chunk.layers}")
 
@@ -285,7 +312,7 @@ class Episode:
                 kept.extend(row.clone() for rows in self.migrator.staging.buffers for row in rows)
                 raise GroupError("the connection was closed")
 
-        self.backend.peers = ScriptedPeers(self._incoming(chunk), end)
+        self.backend.peers = ScriptedPeers(chunk, self.rank, end)
         with pytest.raises(GroupError):
             self.migrator.fetch(chunk)
         if self.device.pending(TRANSFER):
@@ -295,21 +322,6 @@ class Episode:
             self.streams.device.look_at(self.streams.record())
         if not all(octets_of([a]) == octets_of([b]) for a, b in zip(kept, now, strict=True)):
             self.faults.append("staging was written after an abort")
-
-    def _incoming(self, chunk: Chunk) -> dict[int, bytes]:
-        return self._by_peer(chunk.receives_of(self.rank))
-
-    def _by_peer(self, moves: RankMoves) -> dict[int, bytes]:
-        """What one pair has to say: the experts in order, then their checksums."""
-        octets: dict[int, bytes] = {}
-        sums: dict[int, list[int]] = {}
-        for layer, logical, peer in zip(moves.layer, moves.expert, moves.peer.tolist(), strict=True):
-            if peer != self.rank:
-                octets[peer] = octets.get(peer, b"") + octets_of(PATTERN[layer][logical])
-                sums.setdefault(peer, []).append(checksum_on_host(PATTERN[layer][logical]))
-        if self.verifies:
-            return {peer: octets[peer] + np.array(sums[peer], np.int64).tobytes() for peer in octets}
-        return octets
 
 
 def seeds_that_fail(ignored: str | None, seeds: range) -> Iterator[tuple[int, list[str]]]:

@@ -74,6 +74,7 @@ def move(rank: int, num_ranks: int, store: Store, block: int | None) -> tuple[li
     migrator = Migrator(backend, weights, staging, rank, verify=True)
     for chunk in build_schedule(OLD, NEW, layers_per_chunk=1, staging_slots=staging.slots).chunks:
         migrator.fetch(chunk)
+        migrator.verify(chunk)
         migrator.swap(chunk)
     right = dict(expected.named_parameters())
     names = [name for name, _ in layer.named_parameters() if name not in SHARED]

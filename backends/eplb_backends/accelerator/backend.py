@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import ClassVar
 
 import numpy as np
 import torch
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 from eplb_backends.accelerator import routing, weights
+from eplb_backends.accelerator.collective_transfer import CollectiveTransfer, DeviceGroup
 from eplb_backends.accelerator.host_transfer import HostTransfer
+from eplb_backends.accelerator.transports import AUTO, TRANSPORTS, choose_transport
 from eplb_backends.accelerator.weights import DenseLayout
 from eplb_backends.cpu.gloo_backend import GlooBackend
-from eplb_platform.backend import GroupError, Message, StreamOperations
+from eplb_platform.backend import GroupError, Message, PreparedExchange, StreamOperations
 
 PINNED_BYTES = 128 * 2**20
 """Host memory through which a rank's weights pass."""
@@ -21,22 +24,21 @@ PINNED_BYTES = 128 * 2**20
 _CHECKSUM_BYTES = 4 * 2**20
 _CHECKSUM_TIMEOUT_S = 30.0
 
-TRANSPORTS = {
-    "host": "through pinned host memory and gloo, by the background thread",
-    "nixl": "NIXL, by the background thread",
-    "collective": "the device's collective library, enqueued by the forward thread at an agreed step",
-}
-"""Ways for weights to move between ranks; this release has the first only."""
+_WATCHDOG_S = 1800.0
+_WATCHDOG_TIMEOUTS = 10.0
 
 
 class AcceleratorBackend(GlooBackend):
     """Weights in device memory. A device family adds its name, versions, streams, memory and timer.
 
     Made on the forward thread, with the model's device as the current one.
-    transport: how weights move between ranks, one of `TRANSPORTS`
-    pinned_bytes: host memory for it, allocated by `connect`; the same on every rank
+    transport: how weights move between ranks, one of `TRANSPORTS`, or "auto"; the same on every rank
+    pinned_bytes: host memory for "host", allocated by `connect`; the same on every rank
     """
 
+    collective = "gloo"
+    device_collective: ClassVar[str | None] = None
+    """What the transport "collective" uses: nccl, hccl; None where there is nothing."""
     layout: ClassVar[DenseLayout] = DenseLayout()
     """Where the bytes of a weight are."""
 
@@ -44,13 +46,17 @@ class AcceleratorBackend(GlooBackend):
         self,
         streams: StreamOperations | None = None,
         *,
-        transport: str = "host",
+        transport: str = AUTO,
         pinned_bytes: int = PINNED_BYTES,
     ) -> None:
-        _check_transport(self.name, transport)
+        self.transport = choose_transport(self.name, transport, device_collective=self.device_collective)
         super().__init__(streams)
         self._pinned_bytes = pinned_bytes
         self._transfer: HostTransfer | None = None
+        self._collective_transfer: CollectiveTransfer | None = None
+        if self.transport == "collective" and self.device_collective is not None:
+            self.collective = self.device_collective
+            self.enqueues_on_forward = True
         self._checksum_room: torch.Tensor | None = None
 
     # --- the group ---
@@ -58,31 +64,67 @@ class AcceleratorBackend(GlooBackend):
     def attach(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
         """As `Backend.attach`; also allocates the pinned memory, which could stop the device later on."""
         super().attach(store, rank, num_ranks, timeout_s)
-        self._transfer = self._new_transfer()
+        if self.enqueues_on_forward:
+            self._collective_transfer = self._new_collective_transfer()
+        else:
+            self._transfer = self._new_transfer()
         self._room_for_checksums()
 
     def warm_up(self) -> None:
-        """As `Backend.warm_up`. Raises `ValueError` where rank 0 was given other `pinned_bytes`."""
-        given = np.array([self._pinned_bytes], np.int64)
-        first = int(self.broadcast_on_host(given, source=0)[0])
-        if first != self._pinned_bytes:
-            self.abort()
-            raise ValueError(
-                f"rank {self._rank}: pinned_bytes is {self._pinned_bytes}, but {first} on rank 0: the rounds "
-                "of an exchange would differ"
+        """As `Backend.warm_up`. Raises `ValueError` where rank 0 was given another transport, or other
+        `pinned_bytes`.
+        """
+        names = list(TRANSPORTS)
+        given = np.array([names.index(self.transport), self._pinned_bytes], np.int64)
+        transport, pinned_bytes = self.broadcast_on_host(given, source=0).tolist()
+        fault = ""
+        if names[transport] != self.transport:
+            fault = f"transport is {self.transport!r}, but {names[transport]!r} on rank 0"
+        elif pinned_bytes != self._pinned_bytes:
+            fault = (
+                f"pinned_bytes is {self._pinned_bytes}, but {pinned_bytes} on rank 0: the rounds of an "
+                "exchange would differ"
             )
+        if fault:
+            self.abort()
+            raise ValueError(f"rank {self._rank}: {fault}")
         super().warm_up()
+        if self.enqueues_on_forward:
+            self.open_exchange(self._epoch)
 
     def abort(self) -> None:
         super().abort()  # first, as it ends what the background thread waits for
         if self._transfer is not None:
             self._transfer.stop()
+        if self._collective_transfer is not None:
+            self._collective_transfer.stop()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         group = self._open_group()
-        if self._transfer is None:
+        if self._collective_transfer is not None:
+            self._collective_transfer.prepare(sends, receives).enqueue()
+            self._collective_transfer.wait("exchange", self._timeout_s)
+        elif self._transfer is not None:
+            self._transfer.exchange(group, sends, receives, self._timeout_s)
+        else:
             raise GroupError("the backend is not connected: connect comes first")
-        self._transfer.exchange(group, sends, receives, self._timeout_s)
+
+    def open_exchange(self, epoch: int) -> None:
+        """As `Backend.open_exchange`. The ranks meet on the store first, so that none waits in the library
+        for one that does not come.
+        """
+        self.streams.check_not_capturing()
+        group, way = self._open_group(), self._collective_transfer
+        if way is None or self._store is None:
+            raise GroupError(f"rank {self._rank}: transport {self.transport!r} has no group of the device's")
+        group.meet("open exchange", self._timeout_s)
+        store = PrefixStore(f"eplb/{epoch}/{self.collective}", self._store)
+        way.open(self._new_device_group(store, epoch), self._timeout_s)
+
+    def prepare_exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> PreparedExchange:
+        if self._collective_transfer is None:
+            raise GroupError("the backend is not connected: connect comes first")
+        return self._collective_transfer.prepare(sends, receives)
 
     # --- weights ---
 
@@ -119,6 +161,26 @@ class AcceleratorBackend(GlooBackend):
     ) -> torch.Tensor:
         return routing.map_and_record(logical_ids, logical_to_physical, replica_count, load, offset)
 
+    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+        """A group of the device's collective library, not used yet. Forward thread, with the model's device
+        as the current one; for backends that have a `device_collective`.
+        """
+        raise NotImplementedError(f"{self.name} lacks _new_device_group")
+
+    @property
+    def _watchdog_timeout(self) -> timedelta:
+        """For a device group whose watchdog ends the process: our own time-out comes first, always."""
+        return timedelta(seconds=max(_WATCHDOG_S, _WATCHDOG_TIMEOUTS * self._timeout_s))
+
+    def _new_collective_transfer(self) -> CollectiveTransfer:
+        return CollectiveTransfer(
+            self.streams,
+            self.layout,
+            device_type=self.device_type,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+        )
+
     def _new_transfer(self) -> HostTransfer:
         return HostTransfer(
             self.streams,
@@ -137,12 +199,3 @@ class AcceleratorBackend(GlooBackend):
 
     def _allocate_octets(self, nbytes: int) -> torch.Tensor:
         return self.allocate_on_host((nbytes,), torch.uint8)
-
-
-def _check_transport(name: str, transport: str) -> None:
-    if transport not in TRANSPORTS:
-        raise ValueError(f"{name}: no transport {transport!r}; there are {', '.join(TRANSPORTS)}")
-    if transport != "host":
-        raise ValueError(
-            f"{name}: transport {transport!r} ({TRANSPORTS[transport]}) is not in this release: use 'host'"
-        )

@@ -19,6 +19,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from eplb_backends.accelerator.messages import check_messages
 from eplb_backends.accelerator.streams import wait_on_host
 from eplb_backends.accelerator.weights import DenseLayout
 from eplb_platform.backend import GroupError, Message, StreamOperations
@@ -92,7 +93,7 @@ class HostTransfer:
     ) -> None:
         """As `Backend.exchange`; nothing is left for the device to copy when it fails."""
         deadline = time.monotonic() + timeout_s
-        self._check([*sends, *receives])
+        check_messages([*sends, *receives], rank=self._rank, peers=self._peers, device_type=self._device_type)
         try:
             departing = _rounds(self._pair_bytes, self._sent(sends))
             received = {
@@ -185,19 +186,6 @@ class HostTransfer:
             peer: [self._layout.to_send(self._streams, tensor) for tensor in tensors]
             for peer, tensors in _by_peer(sends).items()
         }
-
-    def _check(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            if message.peer not in self._peers:
-                raise ValueError(
-                    f"rank {self._rank}: a message has peer {message.peer}; expected one of the other ranks "
-                    f"{self._peers} (copies on the rank itself are the caller's)"
-                )
-            if message.tensor.device.type != self._device_type:
-                raise ValueError(
-                    f"rank {self._rank}: the tensor for rank {message.peer} is on {message.tensor.device}, "
-                    f"expected {self._device_type}: choose the backend of that device"
-                )
 
     def _check_open(self, group: HostGroup) -> None:
         if group.is_closed:

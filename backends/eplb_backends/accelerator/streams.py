@@ -86,16 +86,22 @@ class TorchStreams(StreamOperations):
     def passed(self, mark: object) -> bool:
         return _event(mark).query()
 
+    def keep(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self._module.current_stream())  # type: ignore[arg-type]  # the module's own
+
+    def check_not_capturing(self) -> None:
+        """As `StreamOperations.check_not_capturing`, with a `CaptureError`."""
+        _check_not_capturing(self._module)
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """As `StreamOperations.copy`.
 
         Tensors may be given back while the copy is pending. Host memory has to be pinned, else torch would
         synchronise the thread: ValueError.
         """
-        stream = self._module.current_stream()
         for tensor in (target, source):
             if tensor.device.type != "cpu":
-                tensor.record_stream(stream)  # type: ignore[arg-type]  # the module's own stream
+                self.keep(tensor)
             elif tensor.numel() and not tensor.is_pinned():
                 raise ValueError(
                     f"{tensor.nbytes} bytes of host memory are not pinned: take them from allocate_on_host"
@@ -137,9 +143,13 @@ def wait_on_host(streams: StreamOperations, mark: object, deadline: float) -> bo
     return True
 
 
-def _recorded(module: DeviceModule, *, timed: bool) -> DeviceEvent:
+def _check_not_capturing(module: DeviceModule) -> None:
     if module.is_current_stream_capturing():
         raise CaptureError("the current stream is being captured into a graph: balance between two passes")
+
+
+def _recorded(module: DeviceModule, *, timed: bool) -> DeviceEvent:
+    _check_not_capturing(module)
     event = module.Event(enable_timing=timed)
     event.record(module.current_stream())
     return event

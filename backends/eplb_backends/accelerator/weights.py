@@ -20,6 +20,13 @@ class DenseLayout:
     A device with formats of its own (NZ) overrides this: a view of such a tensor is not its memory.
     """
 
+    def as_enqueued(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What the device's collective library takes for the tensor's memory, of one size on both ends; None
+        where the tensor does not lie together.
+        """
+        tensor = tensor.detach()
+        return _octets(tensor) if tensor.is_contiguous() else None
+
     def to_send(self, streams: StreamOperations, tensor: torch.Tensor) -> torch.Tensor:
         """uint8 [bytes] on the device, to be read on the current stream: the tensor's bytes in order."""
         tensor = tensor.detach()

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
-from torch.distributed import is_gloo_available
+from torch.distributed import Store, is_gloo_available
 
 from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
 from eplb_backends.accelerator.backend import PINNED_BYTES
+from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_backends.accelerator.streams import EventTimer
-from eplb_backends.ascend import environment, nz_format, update_expert
+from eplb_backends.accelerator.transports import AUTO, check_has_effect, check_nothing_waits
+from eplb_backends.ascend import environment, hccl_group, nz_format, update_expert
 from eplb_backends.ascend.hccl_options import HcclOptions
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
 
@@ -22,7 +24,7 @@ ROUTINGS = ("torch", "operator")
 
 
 class AscendBackend(AcceleratorBackend):
-    """Weights in NPU memory, in plain and in NZ format, moved through pinned host memory.
+    """Weights in NPU memory, in plain and in NZ format, moved through pinned host memory or by HCCL.
 
     hccl_options: of the HCCL group, as `hccl_options.KNOWN`; they need a transport that uses HCCL
     routing: "torch", the rule of every backend; "operator", npu_moe_update_expert where it is there, answers
@@ -31,14 +33,14 @@ class AscendBackend(AcceleratorBackend):
 
     name: ClassVar[str] = "ascend"
     device_type: ClassVar[str] = "npu"
-    collective: ClassVar[str] = "gloo"
+    device_collective: ClassVar[str | None] = "hccl"
     layout = nz_format.NzLayout()
 
     def __init__(
         self,
         streams: StreamOperations | None = None,
         *,
-        transport: str = "host",
+        transport: str = AUTO,
         pinned_bytes: int = PINNED_BYTES,
         hccl_options: Mapping[str, object] | None = None,
         routing: str = "torch",
@@ -46,12 +48,10 @@ class AscendBackend(AcceleratorBackend):
         self._hccl_options = HcclOptions(hccl_options or {})
         if routing not in ROUTINGS:
             raise ValueError(f"ascend: no routing {routing!r}; there are {', '.join(ROUTINGS)}")
-        if self._hccl_options.values and transport == "host":
-            raise ValueError(
-                f"ascend: {', '.join(self._hccl_options.values)} would have no effect: transport 'host' "
-                "makes no HCCL group"
-            )
         super().__init__(streams, transport=transport, pinned_bytes=pinned_bytes)
+        check_has_effect("ascend", "HCCL", self._hccl_options.values, self.transport)
+        if self.transport == "collective":
+            check_nothing_waits("ascend", hccl_group.BLOCKING_WAIT)
         self._update_expert = _operator() if routing == "operator" else None
 
     @classmethod
@@ -64,7 +64,7 @@ class AscendBackend(AcceleratorBackend):
             count = environment.count_devices()
         except environment.Unavailable as missing:
             return Availability(False, str(missing), versions)
-        return Availability(True, f"{count} NPUs; weights move through host memory", versions)
+        return Availability(True, f"{count} NPUs; transports 'host', 'collective' (HCCL)", versions)
 
     def default_streams(self) -> StreamOperations:
         return TorchStreams(_module())
@@ -74,6 +74,16 @@ class AscendBackend(AcceleratorBackend):
 
     def timer(self) -> DeviceTimer:
         return EventTimer(_module())
+
+    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+        return hccl_group.new_group(
+            environment.torch_npu(),
+            store,
+            self._rank,
+            self._num_ranks,
+            self._hccl_options,
+            watchdog_timeout=self._watchdog_timeout,
+        )
 
     # --- weights ---
 

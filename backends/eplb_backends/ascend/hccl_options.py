@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Final, TypeAlias
@@ -73,10 +74,11 @@ class HcclOptions:
             name: value for name, value in options.items() if isinstance(value, int | str)
         }
 
-    def to_process_group(self, torch_npu: ModuleType) -> object:
-        """The `pg_options` of a group that has these options."""
+    def to_process_group(self, torch_npu: ModuleType, watchdog_timeout: timedelta) -> object:
+        """The `pg_options` of a group that has these options, and whose watchdog has this time-out."""
         options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
         options.hccl_config = dict(self.values)
+        options._timeout = watchdog_timeout
         return options
 
 

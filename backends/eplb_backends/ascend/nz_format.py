@@ -47,6 +47,13 @@ class NzLayout(DenseLayout):
     as its message is under way.
     """
 
+    def as_enqueued(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """HCCL sends the storage of a tensor in a format of the device's own as it lies, with its padding."""
+        if not is_internal(tensor):
+            return super().as_enqueued(tensor)
+        check_whole(tensor)
+        return tensor.detach()
+
     def to_send(self, streams: StreamOperations, tensor: torch.Tensor) -> torch.Tensor:
         if not is_internal(tensor):
             return super().to_send(streams, tensor)

@@ -22,7 +22,7 @@ class CpuBackend(GlooBackend):
 
     name: ClassVar[str] = "cpu"
     device_type: ClassVar[str] = "cpu"
-    collective: ClassVar[str] = "gloo"
+    collective = "gloo"
 
     @classmethod
     def availability(cls) -> Availability:

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
-from torch.distributed import is_gloo_available
+from torch.distributed import Store, is_gloo_available, is_nccl_available
 
 from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
+from eplb_backends.accelerator.backend import PINNED_BYTES
+from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_backends.accelerator.streams import EventTimer
+from eplb_backends.accelerator.transports import AUTO, check_has_effect, check_nothing_waits
+from eplb_backends.cuda.nccl_group import BLOCKING_WAIT, new_group
+from eplb_backends.cuda.nccl_options import NcclOptions
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
 
 _MODULE = cast(DeviceModule, torch.cuda)
 
 
 class CudaBackend(AcceleratorBackend):
-    """Weights in GPU memory, moved through pinned host memory by a gloo group of the backend's own."""
+    """Weights in GPU memory, moved through pinned host memory by gloo or by NCCL, in a group of its own.
+
+    nccl_options: of the NCCL group, as `nccl_options.KNOWN`; they need transport "collective"
+    """
 
     name: ClassVar[str] = "cuda"
     device_type: ClassVar[str] = "cuda"
-    collective: ClassVar[str] = "gloo"
+    device_collective: ClassVar[str | None] = "nccl" if is_nccl_available() else None
+
+    def __init__(
+        self,
+        streams: StreamOperations | None = None,
+        *,
+        transport: str = AUTO,
+        pinned_bytes: int = PINNED_BYTES,
+        nccl_options: Mapping[str, object] | None = None,
+    ) -> None:
+        self._nccl_options = NcclOptions(nccl_options or {})
+        super().__init__(streams, transport=transport, pinned_bytes=pinned_bytes)
+        check_has_effect("cuda", "NCCL", self._nccl_options.values, self.transport)
+        if self.transport == "collective":
+            check_nothing_waits("cuda", BLOCKING_WAIT)
 
     @classmethod
     def availability(cls) -> Availability:
@@ -36,8 +58,9 @@ class CudaBackend(AcceleratorBackend):
             return Availability(
                 False, "torch sees no GPU: check the driver and CUDA_VISIBLE_DEVICES", versions
             )
-        tested = "ROCm is not tested" if torch.version.hip else "weights move through host memory"
-        return Availability(True, f"{count} GPUs; {tested}", versions)
+        nccl = "'host', 'collective' (NCCL)" if is_nccl_available() else "'host' (torch has no NCCL)"
+        tested = "; ROCm is not tested" if torch.version.hip else ""
+        return Availability(True, f"{count} GPUs; transports {nccl}{tested}", versions)
 
     def default_streams(self) -> StreamOperations:
         return TorchStreams(_MODULE)
@@ -47,6 +70,11 @@ class CudaBackend(AcceleratorBackend):
 
     def timer(self) -> DeviceTimer:
         return EventTimer(_MODULE)
+
+    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+        return new_group(
+            store, self._rank, self._num_ranks, self._nccl_options, watchdog_timeout=self._watchdog_timeout
+        )
 
 
 def _versions() -> dict[str, str]:

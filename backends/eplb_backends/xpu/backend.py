@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
-from torch.distributed import is_gloo_available
+from torch.distributed import Store, is_gloo_available, is_xccl_available
 
 from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
+from eplb_backends.accelerator.coalescing_group import CoalescingGroup, CoalescingLibrary
+from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_backends.accelerator.streams import EventTimer
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
 
@@ -16,11 +18,11 @@ _MODULE = cast(DeviceModule, torch.xpu)
 
 
 class XpuBackend(AcceleratorBackend):
-    """Weights in GPU memory, moved through pinned host memory by a gloo group of the backend's own."""
+    """Weights in GPU memory, moved through pinned host memory by gloo or by XCCL, in a group of its own."""
 
     name: ClassVar[str] = "xpu"
     device_type: ClassVar[str] = "xpu"
-    collective: ClassVar[str] = "gloo"
+    device_collective: ClassVar[str | None] = "xccl" if is_xccl_available() else None
 
     @classmethod
     def availability(cls) -> Availability:
@@ -40,3 +42,12 @@ class XpuBackend(AcceleratorBackend):
 
     def timer(self) -> DeviceTimer:
         return EventTimer(_MODULE)
+
+    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+        from torch.distributed import ProcessGroupXCCL  # not in every build
+
+        options = ProcessGroupXCCL.Options()
+        options._timeout = self._watchdog_timeout
+        return CoalescingGroup(
+            cast(CoalescingLibrary, ProcessGroupXCCL(store, self._rank, self._num_ranks, options))
+        )

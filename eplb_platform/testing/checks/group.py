@@ -121,10 +121,10 @@ def sent_tensors_may_change_after_exchange(site: Site) -> None:
 @check(connected=True, timeout_s=60.0, min_ranks=2)
 def abort_ends_a_pending_exchange_everywhere(site: Site) -> None:
     """`abort` on one rank ends exchanges with it at once, on the rank itself too, with `GroupError`."""
-    sends, receives = _big_messages(site)
+    operation = _lengthy_operation(site, site.peers)
     if site.rank == 0:
         Timer(0.05, site.backend.abort).start()
-    _require_prompt_group_error(site, lambda: _repeat(lambda: site.exchange(sends, receives)))
+    _require_prompt_group_error(site, lambda: _repeat(operation))
 
 
 @check(connected=True, timeout_s=60.0, min_ranks=2)
@@ -195,9 +195,41 @@ def the_death_of_a_rank_ends_the_others(site: Site) -> None:
         time.sleep(0.2)
         site.backend.close()
     else:
-        sends, receives = _big_messages(site, [0])
-        _require_prompt_group_error(site, lambda: site.exchange(sends, receives))
+        _require_prompt_group_error(site, _lengthy_operation(site, [0]))
     site.meet("all have failed")
+
+
+@check(connected=True, timeout_s=60.0, min_ranks=2)
+def what_the_forward_thread_enqueues_arrives(site: Site) -> None:
+    """Where `enqueues_on_forward`: a prepared exchange touches nothing until `enqueue`, which waits for no
+    other rank; after `abort` and `rebuild`, `open_exchange` makes a group that carries the next one.
+    """
+    if not site.backend.enqueues_on_forward:
+        return
+    after, before = (site.rank + 1) % site.num_ranks, (site.rank - 1) % site.num_ranks
+    for epoch in (0, 1):
+        sent = torch.zeros(3, 1000, device=site.device).t()
+        received = torch.zeros_like(sent)
+        streams = site.backend.streams
+        with streams.transfer():
+            prepared = site.backend.prepare_exchange([Message(after, sent)], [Message(before, received)])
+        sent.fill_(10.0 * site.rank + epoch)
+        require_equal(received, torch.zeros_like(received), "what is only prepared")
+        if site.rank == 0:
+            site.store.wait([f"enqueued/{epoch}/{rank}" for rank in range(1, site.num_ranks)])
+        is_filled = streams.record()
+        with streams.transfer():
+            streams.wait(is_filled)
+            prepared.enqueue()
+            arrived = streams.record()
+        site.store.set(f"enqueued/{epoch}/{site.rank}", "")
+        streams.wait(arrived)
+        site.settle()
+        require_equal(received, torch.full_like(received, 10.0 * before + epoch), f"epoch {epoch}")
+        site.meet(f"arrived/{epoch}")
+        site.backend.abort()
+        site.backend.rebuild(epoch + 1)
+        site.backend.open_exchange(epoch + 1)
 
 
 @check(connected=True)
@@ -230,6 +262,14 @@ def _big_messages(site: Site, peers: list[int] | None = None) -> tuple[list[Mess
     sends = [Message(peer, torch.ones(_BIG, dtype=torch.uint8, device=site.device)) for peer in chosen]
     receives = [Message(peer, torch.zeros(_BIG, dtype=torch.uint8, device=site.device)) for peer in chosen]
     return sends, receives
+
+
+def _lengthy_operation(site: Site, peers: list[int]) -> Callable[[], object]:
+    """An exchange with `peers`; a sum where exchanges are the device's own, which others do not end."""
+    if site.backend.enqueues_on_forward:
+        return lambda: site.backend.sum_on_host(np.ones(_BIG // 8, np.int64))
+    sends, receives = _big_messages(site, peers)
+    return lambda: site.exchange(sends, receives)
 
 
 def _repeat(operation: Callable[[], object]) -> None:
