@@ -36,9 +36,9 @@ class SimulatedBackend(AcceleratorBackend):
         assert isinstance(self.streams, SimulatedStreams)
         return SimulatedTimer(self.streams)
 
-    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+    def _new_device_group(self, store: Store) -> DeviceGroup:
         assert isinstance(self.streams, SimulatedStreams)
-        return SimulatedCollective(self.streams, store, self._rank, self._num_ranks)
+        return SimulatedCollective(self.streams, store, *self._place)
 
 
 class SimulatedCollectiveBackend(SimulatedBackend):

@@ -119,7 +119,7 @@ class AcceleratorBackend(GlooBackend):
             raise GroupError(f"rank {self._rank}: transport {self.transport!r} has no group of the device's")
         group.meet("open exchange", self._timeout_s)
         store = PrefixStore(f"eplb/{epoch}/{self.collective}", self._store)
-        way.open(self._new_device_group(store, epoch), self._timeout_s)
+        way.open(self._new_device_group(store), self._ranks, self._timeout_s)
 
     def prepare_exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> PreparedExchange:
         if self._collective_transfer is None:
@@ -161,11 +161,18 @@ class AcceleratorBackend(GlooBackend):
     ) -> torch.Tensor:
         return routing.map_and_record(logical_ids, logical_to_physical, replica_count, load, offset)
 
-    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
-        """A group of the device's collective library, not used yet. Forward thread, with the model's device
-        as the current one; for backends that have a `device_collective`.
+    def _new_device_group(self, store: Store) -> DeviceGroup:
+        """A group of the device's collective library for `_ranks`, which it counts from 0; not used yet.
+
+        Forward thread, with the model's device as the current one. `store` is new. For backends that have a
+        `device_collective`.
         """
         raise NotImplementedError(f"{self.name} lacks _new_device_group")
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """(rank, size) as the device's group counts."""
+        return self._ranks.index(self._rank), len(self._ranks)
 
     @property
     def _watchdog_timeout(self) -> timedelta:
@@ -178,7 +185,6 @@ class AcceleratorBackend(GlooBackend):
             self.layout,
             device_type=self.device_type,
             rank=self._rank,
-            num_ranks=self._num_ranks,
         )
 
     def _new_transfer(self) -> HostTransfer:

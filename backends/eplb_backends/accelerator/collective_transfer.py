@@ -53,14 +53,13 @@ class CollectiveTransfer:
         *,
         device_type: str,
         rank: int,
-        num_ranks: int,
     ) -> None:
         self._streams = streams
         self._layout = layout
         self._device_type = device_type
         self._rank = rank
-        self._peers = [peer for peer in range(num_ranks) if peer != rank]
-        self._touched = torch.zeros(num_ranks, dtype=torch.uint8, device=device_type)
+        self._place_of: dict[int, int] = {}
+        """Of each peer: its number in the group."""
         self._group: DeviceGroup | None = None
         self._aborted: list[DeviceGroup] = []
         self._lock = Lock()
@@ -69,14 +68,15 @@ class CollectiveTransfer:
 
     # --- forward thread ---
 
-    def open(self, group: DeviceGroup, timeout_s: float) -> None:
-        """Go on with a new group, whose ranks are all here: touch every pair, and wait until it is done."""
+    def open(self, group: DeviceGroup, ranks: Sequence[int], timeout_s: float) -> None:
+        """Go on with a new group of `ranks`, which are all here: touch every pair and wait for that."""
         self.stop()
+        self._place_of = {rank: place for place, rank in enumerate(ranks) if rank != self._rank}
         with self._lock:
             self._group = group
-        own, *others = self._touched.split(1)
-        sends = [Message(peer, own) for peer in self._peers]
-        receives = [Message(peer, other) for peer, other in zip(self._peers, others, strict=True)]
+        own, *others = torch.zeros(len(ranks), dtype=torch.uint8, device=self._device_type).split(1)
+        sends = [Message(place, own) for place in self._place_of.values()]
+        receives = [Message(*pair) for pair in zip(self._place_of.values(), others, strict=True)]
         with self._streams.transfer():
             self._enqueue(_Batch(sends, receives))
         self.wait("connecting the ranks", timeout_s)
@@ -92,7 +92,9 @@ class CollectiveTransfer:
 
     def prepare(self, sends: Sequence[Message], receives: Sequence[Message]) -> PreparedBatch:
         """All that can be made ready; inside `streams.transfer()`."""
-        check_messages([*sends, *receives], rank=self._rank, peers=self._peers, device_type=self._device_type)
+        check_messages(
+            [*sends, *receives], rank=self._rank, peers=list(self._place_of), device_type=self._device_type
+        )
         batch = _Batch([], [])
         for message in sends:
             room = self._room_for(message.tensor, batch.sends, message.peer)
@@ -148,7 +150,7 @@ class CollectiveTransfer:
             given = self._layout.as_enqueued(room)
             assert given is not None
         if given.numel():
-            messages.append(Message(peer, given))
+            messages.append(Message(self._place_of[peer], given))
         return room
 
 

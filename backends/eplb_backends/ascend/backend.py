@@ -75,12 +75,11 @@ class AscendBackend(AcceleratorBackend):
     def timer(self) -> DeviceTimer:
         return EventTimer(_module())
 
-    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+    def _new_device_group(self, store: Store) -> DeviceGroup:
         return hccl_group.new_group(
             environment.torch_npu(),
             store,
-            self._rank,
-            self._num_ranks,
+            *self._place,
             self._hccl_options,
             watchdog_timeout=self._watchdog_timeout,
         )

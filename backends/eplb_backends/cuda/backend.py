@@ -71,10 +71,8 @@ class CudaBackend(AcceleratorBackend):
     def timer(self) -> DeviceTimer:
         return EventTimer(_MODULE)
 
-    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
-        return new_group(
-            store, self._rank, self._num_ranks, self._nccl_options, watchdog_timeout=self._watchdog_timeout
-        )
+    def _new_device_group(self, store: Store) -> DeviceGroup:
+        return new_group(store, *self._place, self._nccl_options, watchdog_timeout=self._watchdog_timeout)
 
 
 def _versions() -> dict[str, str]:

@@ -43,11 +43,9 @@ class XpuBackend(AcceleratorBackend):
     def timer(self) -> DeviceTimer:
         return EventTimer(_MODULE)
 
-    def _new_device_group(self, store: Store, epoch: int) -> DeviceGroup:
+    def _new_device_group(self, store: Store) -> DeviceGroup:
         from torch.distributed import ProcessGroupXCCL  # not in every build
 
         options = ProcessGroupXCCL.Options()
         options._timeout = self._watchdog_timeout
-        return CoalescingGroup(
-            cast(CoalescingLibrary, ProcessGroupXCCL(store, self._rank, self._num_ranks, options))
-        )
+        return CoalescingGroup(cast(CoalescingLibrary, ProcessGroupXCCL(store, *self._place, options)))
