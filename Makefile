@@ -73,7 +73,8 @@ ascend: $(PROJECT)
 	$(BIN)/python ci/ascend_environment.py --environment $(ASCEND)
 
 ascend-tests: ascend
-	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs tests/ascend
+	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs --ignore tests/ascend/over_stub tests/ascend
+	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python tests/ascend/cann_stub/run.py -m pytest -q -rs tests/ascend/over_stub
 
 serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from eplb_platform.backend import Backend, load_backend
 from eplb_platform.config import EplbConfig
+from eplb_platform.demo.devices import group_backend, take_device
 from eplb_platform.demo.measures import load_by_rank
 from eplb_platform.demo.messages import Failure, Orders, Progress, RankResult
 from eplb_platform.demo.schedule import RankBatch
@@ -80,8 +81,9 @@ def _end_with_parent() -> None:
 def _serve_phase(orders: Orders, reports: Connection) -> RankResult:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", orders.store_port, is_master=False, timeout=GROUP_TIMEOUT)
+    device = take_device(orders.backend, orders.rank)
     dist.init_process_group(
-        "gloo",
+        group_backend(device, orders.num_ranks),
         store=dist.PrefixStore("model", store),
         rank=orders.rank,
         world_size=orders.num_ranks,

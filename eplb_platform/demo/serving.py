@@ -54,7 +54,7 @@ def _serve_batch(
     model: ExpertParallelModel, batch: RankBatch, served: Served, first_step: int, after_forward: AfterForward
 ) -> NDArray[np.uint8]:
     tokens = np.empty((len(batch.prompts), batch.forwards), dtype=np.uint8)
-    inputs = torch.from_numpy(batch.prompts.astype(np.int64))
+    inputs = torch.from_numpy(batch.prompts.astype(np.int64)).to(model.module.device)
     cache: object | None = None
     for position in range(batch.forwards):
         started = time.perf_counter()
@@ -63,7 +63,7 @@ def _serve_batch(
         inputs = output.logits[:, -1].argmax(-1, keepdim=True)
         load = model.take_load()
         after_forward(load, Phase.DECODE if position else Phase.PREFILL)
-        tokens[:, position] = inputs[:, 0].numpy()
+        tokens[:, position] = inputs[:, 0].cpu().numpy()
         served.load[first_step + position] = load
         served.forward_ms[first_step + position] = (time.perf_counter() - started) * 1e3
     return tokens

@@ -71,11 +71,22 @@ class ExpertGroup:
     def all_to_all(
         self, output: torch.Tensor, rows: torch.Tensor, receive: list[int], send: list[int]
     ) -> None:
-        """Send `send[r]` rows to rank r and receive `receive[r]` rows from it into `output`."""
+        """Send `send[r]` rows to rank r and receive `receive[r]` rows from it into `output`.
+
+        Through host memory where the group has no backend for the rows' device.
+        """
         if self.num_ranks == 1:
             output.copy_(rows)
-        else:
+        elif self._reaches(rows.device):
             dist.all_to_all_single(output, rows, receive, send, group=self.group)
+        else:
+            received = torch.empty_like(output, device="cpu")
+            dist.all_to_all_single(received, rows.cpu(), receive, send, group=self.group)
+            output.copy_(received)
+
+    def _reaches(self, device: torch.device) -> bool:
+        group = self.group if self.group is not None else dist.group.WORLD
+        return group is None or device.type in {known.type for known in group._device_types}
 
 
 @dataclass(frozen=True)

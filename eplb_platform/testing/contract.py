@@ -60,8 +60,9 @@ def _run_on_rank(
     rank: int, num_ranks: int, store: Store, backend: str | type[Backend], name: str, device: str
 ) -> None:
     check = CHECKS[name]
+    here = _device_of(rank, device)
     made = load_backend(backend) if isinstance(backend, str) else backend()
-    site = Site(made, rank, num_ranks, store, _device_of(rank, device), check.timeout_s)
+    site = Site(made, rank, num_ranks, store, here, check.timeout_s)
     try:
         _prepare(site, check)
         check.function(site)

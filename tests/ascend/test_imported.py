@@ -1,13 +1,9 @@
-"""The vendor's torch_npu, imported for real over libraries of CANN that are hollow.
-
-What its Python and its bindings are is real; nothing runs on a device, and nothing can be shown of one.
-"""
+"""The vendor's torch_npu, imported for real over the stub of CANN, without the stub's operators."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from textwrap import dedent
@@ -15,18 +11,15 @@ from textwrap import dedent
 import pytest
 
 from eplb_backends.ascend.hccl_options import KNOWN
-from tests.ascend import hollow_cann
+from tests.ascend.cann_stub import build
 from tests.ascend.wheel import Wheel
 
 
 @pytest.fixture(scope="module")
-def cann(tmp_path_factory: pytest.TempPathFactory, wheel: Wheel) -> Path:
-    missing = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"no {' and no '.join(missing)} to make libraries with")
-    folder = tmp_path_factory.mktemp("cann")
-    hollow_cann.build(folder, wheel.root)
-    return folder
+def cann(environment: Path, wheel: Wheel) -> Path:
+    if missing := build.missing_tools():
+        pytest.skip(f"no {' and no '.join(missing)} to make the stub of CANN with")
+    return build.built(environment / "cann-stub", wheel.root)
 
 
 def run(environment: Path, cann: Path, script: str, **variables: str) -> object:
@@ -34,7 +27,7 @@ def run(environment: Path, cann: Path, script: str, **variables: str) -> object:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")}
     done = subprocess.run(
         [str(environment / "bin" / "python"), "-c", dedent(script)],
-        env={**inherited, "LD_LIBRARY_PATH": str(cann), **variables},
+        env={**inherited, "LD_LIBRARY_PATH": str(cann), "CANN_STUB_DEVICES": "2", **variables},
         capture_output=True,
         text=True,
         timeout=150,
