@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -24,13 +25,17 @@ DEFERRED = [
     "flip", "floor_divide", "gather", "ge", "gt", "index", "index_copy", "index_copy_", "index_put_",
     "_index_put_impl_", "index_select", "le", "__rshift__", "logical_and", "logical_not", "logical_or", "lt",
     "masked_fill", "masked_fill_", "max", "maximum", "mean", "min", "minimum", "mm", "mul", "mul_", "ne",
-    "neg", "pow", "remainder", "repeat", "rsqrt", "rsub", "scatter_add", "scatter_add_", "sigmoid", "silu",
-    "sin", "_softmax", "sort", "sqrt", "stack", "sub", "sub_", "sum", "topk", "where",
+    "neg", "pow", "remainder", "repeat", "rsqrt", "rsub", "scaled_dot_product_attention", "scatter_add",
+    "scatter_add_", "sigmoid", "silu", "sin", "_softmax", "sort", "sqrt", "stack", "sub", "sub_", "sum",
+    "topk", "where",
 ]  # fmt: skip
 """With all their overloads."""
 
 AWAITED = ["bincount", "equal", "nonzero"]
 """Those whose result's shape depends on values."""
+
+_SWITCH_S = 2e-5
+"""A stream's thread needs the interpreter lock for every operator: it should not wait long for it."""
 
 _numbers = itertools.count()
 _waiting: dict[int, Callable[[], object]] = {}
@@ -40,6 +45,7 @@ def register() -> None:
     """Put the kernels in the place of torch_npu's."""
     import torch_npu  # noqa: F401  # registers its own first
 
+    sys.setswitchinterval(_SWITCH_S)
     library = _library()
     for names, run in ((DEFERRED, _defer), (AWAITED, _await)):
         for operator in (operator for name in names for operator in _overloads(name)):
