@@ -390,6 +390,61 @@ def simulate(
 
 
 @application.command()
+def advise(
+    trace: Trace,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="GB",
+            help="Memory of a rank for experts, staging included.",
+            show_default="60 % of the hardware's",
+        ),
+    ] = None,
+    ep_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Numbers of ranks to choose from.",
+            show_default="the smallest four powers of two that the experts fit on",
+        ),
+    ] = None,
+    hardware: Hardware = "h100",
+    model: ModelOption = None,
+    num_expert_groups: ExpertGroups = 1,
+    algorithm: Annotated[str, typer.Option(help="The algorithm that plans.")] = "adaptive",
+    objective: Annotated[
+        Literal["throughput", "latency"],
+        typer.Option(help="Most tokens/s of a rank, or the shortest step."),
+    ] = "throughput",
+    iter_range: IterRange = None,
+    as_json: AsJson = False,
+) -> None:
+    """Advise what to deploy for recorded load, with the reasons and what to paste.
+
+    EP size, redundant experts, hierarchical or global placement, a static map or balancing while serving and
+    how often. Planned on the first half of the steps, judged on the second.
+
+    Example: eplb advise dump.pt --memory 48 --ep-size 16,32 --hardware h100
+
+    Next: eplb simulate, for the chosen numbers in detail, or the commands that this one prints.
+    """
+    from rich.console import Console
+
+    from eplb_platform.cli.advising import Request, run
+    from eplb_platform.cli.estimating import Deployment
+
+    deployment = Deployment(hardware, model or (), num_expert_groups=num_expert_groups)
+    request = Request(trace, memory, _names(ep_size), deployment, algorithm, objective, iter_range)
+    with _progress() as advance:
+        outcome = run(request, advance)
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        outcome.print(Console())
+
+
+@application.command()
 def bench(
     traces: Annotated[
         list[Path] | None,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from eplb_platform.algorithms import AlgorithmError
 from eplb_platform.cli import BadInput
 from eplb_platform.cli.estimating import Deployment, configuration, fewest_redundant
 from eplb_platform.cli.files import iterations, read_map, read_trace
+from eplb_platform.cli.tables import plain_lines, right_aligned
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.offline.report import metadata_number, steps_of
@@ -56,26 +56,27 @@ class Outcome:
 
     def print(self, console: Console) -> None:
         """A table, for people."""
-        say = _sayer(console)
-        say(self._title())
+        plain_lines(console, self._title())
         console.print(self._judged_table())
         if any(result.planning_s for result in self.results):
             console.print(self._moved_table())
         for result in self.results:
             if result.failed_cycles:
-                say(f"{result.name}: {result.failed_cycles} cycles failed: {result.last_error}")
+                plain_lines(
+                    console, f"{result.name}: {result.failed_cycles} cycles failed: {result.last_error}"
+                )
         judged, unseen = len(self.results[0].step_s), self.setting.config.expert_heat_collection_interval
-        for line in (
+        plain_lines(
+            console,
             f"Judged: {judged} steps with tokens after the first {unseen}, by maps planned on earlier ones.",
             "initial: as engines start. static: planned once, on the first collection.",
             "mean, p5, late: balancedness (mean / max rank load of a step, 1 is perfect) of all steps, of",
             "all but the worst 5 %, of the later half. prefill, decode, mixed: milliseconds of a step.",
             "moved: experts that ranks received. wait, swap: the longest in one step.",
             f"Times, tokens/s: estimates for {self.setting.profile.name}; docs/offline.md has the formulae.",
-        ):
-            say(line)
+        )
         if self.request.plot is not None:
-            say(f"written: {self.request.plot}")
+            plain_lines(console, f"written: {self.request.plot}")
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -111,7 +112,7 @@ class Outcome:
 
     def _judged_table(self) -> Table:
         steps = [phase.name.lower() for phase in self._phases()]
-        table = _table("mean", "p5", "late", *steps, "tokens/s", "gain")
+        table = right_aligned("mean", "p5", "late", *steps, "tokens/s", "gain")
         first = self.results[0].throughput
         for result in self.results:
             seconds = [result.mean_step_s(phase) or 0.0 for phase in self._phases()]
@@ -127,7 +128,7 @@ class Outcome:
         return table
 
     def _moved_table(self) -> Table:
-        table = _table("cycles", "moved", "GB", "wait ms", "swap ms", "a plan here, s")
+        table = right_aligned("cycles", "moved", "GB", "wait ms", "swap ms", "a plan here, s")
         for result in self.results:
             if result.planning_s:
                 table.add_row(
@@ -228,15 +229,3 @@ def _maps(request: Request, trace: LoadTrace, topology: Topology) -> Mapping[str
 def _late(result: Result) -> float:
     """Balancedness of the later half of the judged steps."""
     return float(result.balancedness[len(result.balancedness) // 2 :].mean())
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _sayer(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)

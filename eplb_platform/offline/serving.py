@@ -178,10 +178,12 @@ class _Model:
 class Balanced:
     """Serves with the balancer, which observes, plans and moves by one algorithm."""
 
-    def __init__(self, name: str, initial: ExpertMap, setting: Setting) -> None:
-        self.name = name
+    def __init__(
+        self, algorithm: str, initial: ExpertMap, setting: Setting, *, name: str | None = None
+    ) -> None:
+        self.name = name or algorithm
         given = setting.config.model_dump() | dict.fromkeys(_FILES)
-        config = EplbConfig(**(given | {"dynamic_eplb": True, "eplb_policy_type": name}))
+        config = EplbConfig(**(given | {"dynamic_eplb": True, "eplb_policy_type": algorithm}))
         self._expert_bytes = setting.profile.model.expert_bytes
         self._step_time = StepTime(setting.profile, setting.topology)
         self._clock = SimulatedClock()
@@ -194,7 +196,7 @@ class Balanced:
         plane = SingleVoice(self._clock, setting.profile.links.agreement_ms / 1e3)
         link = RankLink(0, 1, plane, self._group, self._clock, ForwardGate())
         planner = AlgorithmPlanner(
-            algorithm=name,
+            algorithm=algorithm,
             num_expert_groups=setting.num_expert_groups,
             timeout_s=config.transfer_timeout_s,
             min_balancedness=config.min_balancedness,
@@ -207,7 +209,7 @@ class Balanced:
             self._model,
             link,
             ForwardMeetings(plane, link),
-            model_name=name,
+            model_name=self.name,
             expert_map=initial,
             migrator=cast("Migrator", self._migrator),
             planner=self._planner,
