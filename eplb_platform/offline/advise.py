@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -258,7 +259,7 @@ def _windows(trace: LoadTrace, steps: range) -> _Floats:
     """[windows, layers, logical], tokens, the steps in equal parts."""
     bounds = np.linspace(steps.start, steps.stop, min(NUM_WINDOWS, len(steps)) + 1).astype(int).tolist()
     windows = np.zeros((len(bounds) - 1, trace.num_layers, trace.num_logical_experts))
-    for window, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for window, (first, end) in enumerate(pairwise(bounds)):
         for start in range(first, end, _STEPS_AT_ONCE):
             piece = trace.expert_load[start : min(end, start + _STEPS_AT_ONCE)]
             windows[window] += piece.sum(axis=0, dtype=np.float64)

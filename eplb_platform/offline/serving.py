@@ -42,8 +42,14 @@ ROUTING_TABLE_WIDTH = 64
 
 Tokens = NDArray[np.int64]
 
-# Keys of eplb_config that name files, which a simulation neither reads nor writes.
-_FILES = ("expert_map_path", "expert_map_record_path", "trace_record_path")
+# Keys of eplb_config that name files, which a simulation neither reads nor writes, and what no trace holds.
+_LEFT_OUT = {
+    "expert_map_path": None,
+    "expert_map_record_path": None,
+    "trace_record_path": None,
+    "compute_cost_record_path": None,
+    "enable_expert_compute_profiling": False,
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ class Balanced:
         self, algorithm: str, initial: ExpertMap, setting: Setting, *, name: str | None = None
     ) -> None:
         self.name = name or algorithm
-        given = setting.config.model_dump() | dict.fromkeys(_FILES)
+        given = setting.config.model_dump() | _LEFT_OUT
         config = EplbConfig(**(given | {"dynamic_eplb": True, "eplb_policy_type": algorithm}))
         self._expert_bytes = setting.profile.model.expert_bytes
         self._step_time = StepTime(setting.profile, setting.topology)
