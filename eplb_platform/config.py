@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
+from hashlib import blake2b
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -265,6 +267,15 @@ class EplbConfig(BaseModel):
                     raise ValueError(f"{given}, expected one of them")
                 merged[key] = value
         return merged
+
+    def digest(self) -> str:
+        """32 hexadecimal digits, the same for configurations that ranks may balance with together.
+
+        Where a rank keeps its files is its own business; whether it keeps them is not.
+        """
+        said = self.model_dump(mode="json")
+        shared = {key: value is not None if key.endswith("_path") else value for key, value in said.items()}
+        return blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
     def algorithm(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -84,6 +85,10 @@ class CycleRules:
     commit_margin_steps: int
     timeout_s: float
     first_commit_after_steps: int
+
+    def digest(self) -> str:
+        """32 hexadecimal digits: ranks that follow different rules would cut one plan into other chunks."""
+        return blake2b(repr(self).encode(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -333,6 +338,7 @@ class Cycle:
         with self._timed(Stage.PLAN):
             if self._link.plans:
                 planned = await self._planner.plan(weighed, current)
+                _check_plan(planned, current)
                 self.report.planned_balancedness = window_balancedness(planned, load)
             moves = await self._places.agree("plan", int(planned != current), max, timeout_s=self._timeout_s)
         if moves:
@@ -344,8 +350,8 @@ class Cycle:
                 self.report.planned_balancedness = mean_over_max(*aim.window_rank_load(planned, load))
             if self._link.plans:
                 self.report.planned_time_balancedness = self._time_balancedness(planned, aim, load)
-            digests = (current, planned) if aim is None else (current, planned, aim)
-            await self._places.agree("compare", fingerprint(*digests), same, timeout_s=self._timeout_s)
+            compared = (self._rules, current, planned, *(() if aim is None else (aim,)))
+            await self._places.agree("compare", fingerprint(*compared), same, timeout_s=self._timeout_s)
         return planned, aim
 
     def _rank_load(self, load: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -416,8 +422,19 @@ class Cycle:
             await self._places.agree(f"{place}/staged", timeout_s=self._timeout_s)
             not_before = self._started_at_boundary + self._rules.first_commit_after_steps
             await self._forward.agree(f"{place}/commit", Commit(chunk, tables), not_before=not_before)
-        with self._timed(Stage.COMMIT):
-            await self._forward.until_executed()  # the staging is in use until then
+        try:
+            with self._timed(Stage.COMMIT):
+                await self._forward.until_executed()  # the staging is in use until then
+        except (ActionsDropped, CycleAborted):
+            raise
+        except Exception:  # the commit comes whatever fails here, and the next cycle must start from it
+            await self._forward.until_executed()
+            self._count_commit(chunk, tables)
+            raise
+        self._count_commit(chunk, tables)
+
+    def _count_commit(self, chunk: Chunk, tables: RoutingTables | None) -> None:
+        """The forward thread has executed it."""
         self.report.outcome = Outcome.MOVED
         self.report.chunks_committed += 1
         self.report.moved_experts += int(moved_experts(self._map, chunk.map_after).sum())
@@ -484,3 +501,15 @@ class Cycle:
         self._in_group = True
         yield
         self._in_group = False
+
+
+def _check_plan(planned: object, current: ExpertMap) -> None:
+    """Raises ValueError for what no cycle can move to: a planner may be anybody's."""
+    if not isinstance(planned, ExpertMap):
+        raise ValueError(f"the planner returned {type(planned).__name__}, expected an ExpertMap")
+    if (
+        planned.physical_to_logical.shape != current.physical_to_logical.shape
+        or planned.num_logical_experts != current.num_logical_experts
+        or planned.topology != current.topology
+    ):
+        raise ValueError(f"the planner returned {planned!r}, expected one like {current!r}")

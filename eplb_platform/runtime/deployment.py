@@ -14,14 +14,13 @@ from eplb_platform.balance import moved_experts
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.migration.schedule import Schedule, ScheduleError, build_schedule
 from eplb_platform.migration.staging import BYTES_PER_MB
-from eplb_platform.runtime.agreement import Agreement, CycleAborted, fingerprint, same
-from eplb_platform.runtime.ports import run_blocking
+from eplb_platform.runtime.agreement import Agreement, CycleAborted, Digestible, fingerprint, same
+from eplb_platform.runtime.ports import Group
 from eplb_platform.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eplb_platform.backend import Backend
     from eplb_platform.migration.transfer import Migrator
     from eplb_platform.runtime.served_model import ServedModel
 
@@ -36,48 +35,60 @@ class DeploymentError(RuntimeError):
 class Deployment:
     """Moves a model's weights from the map they follow to another one, on every rank together.
 
+    configuration: must be the same on every rank
     make_migrator: called once, only where something is to move; its staging is freed with it unless the
         caller keeps it.
+    make_group: the group over which that migrator moves experts
     """
 
     model: ServedModel
-    backend: Backend
+    configuration: Digestible
     places: Agreement
     """Apart from those of the cycles."""
     rank: int
     layers_per_chunk: int
     timeout_s: float
     make_migrator: Callable[[], Migrator]
+    make_group: Callable[[Migrator], Group]
 
-    def run(self, current: ExpertMap, target: ExpertMap | None) -> ExpertMap:
+    async def run(self, current: ExpertMap, target: ExpertMap | None) -> ExpertMap:
         """Move everything from `current` to `target` and route by it; returns the map now in force.
 
-        Every rank calls it, those that deploy nothing with None: that all ranks start from one map is
-        compared then too. Raises `DeploymentError` on all ranks when one of them fails.
+        Every rank calls it, those that deploy nothing with None: that all ranks start with one configuration
+        and from one map is compared then too. Raises `DeploymentError` on all ranks when one of them fails.
         """
         goal = current if target is None else _on_nodes_of(target, current.topology)
-        self._meet("maps", "the ranks do not start from one expert map", fingerprint(current, goal))
+        await self._meet(
+            "configuration",
+            "eplb_config is not the same on every rank",
+            fingerprint(self.configuration),
+        )
+        await self._meet("maps", "the ranks do not start from one expert map", fingerprint(current, goal))
         if goal == current:
             return current
+        group: Group | None = None
         try:
-            self._move(current, goal)
+            migrator = self.make_migrator()
+            group = self.make_group(migrator)
+            await self._move(current, goal, migrator, group)
         except Exception as error:
-            raise DeploymentError(f"the expert map cannot be deployed: {self._announce(error)}") from error
-        self._meet("deployed", "the expert map cannot be deployed", fingerprint(goal))
+            reason = await self._announce(error)
+            if group is not None:
+                group.abort()
+            raise DeploymentError(f"the expert map cannot be deployed: {reason}") from error
+        await self._meet("deployed", "the expert map cannot be deployed", fingerprint(goal))
         return goal
 
-    def _meet(self, place: str, fault: str, offer: int) -> None:
+    async def _meet(self, place: str, fault: str, offer: int) -> None:
         try:
-            run_blocking(self.places.agree(place, offer, same, timeout_s=self.timeout_s))
+            await self.places.agree(place, offer, same, timeout_s=self.timeout_s)
         except CycleAborted as aborted:
             raise DeploymentError(f"{fault}: {aborted}") from aborted
 
-    def _move(self, current: ExpertMap, goal: ExpertMap) -> None:
-        migrator = self.make_migrator()
+    async def _move(self, current: ExpertMap, goal: ExpertMap, migrator: Migrator, group: Group) -> None:
         schedule = self._schedule(current, goal, migrator.staging.slots)
         for chunk in schedule.chunks:
-            migrator.fetch(chunk)
-            migrator.verify(chunk)
+            await group.fetch(chunk)
             migrator.swap(chunk)
             self.model.apply_map(chunk.layers, chunk.map_after)
         logger.info(
@@ -97,14 +108,13 @@ class Deployment:
             )
         return schedule
 
-    def _announce(self, error: Exception) -> str:
-        """Tell the others first, then end what is pending: the reason they see is the true one."""
+    async def _announce(self, error: Exception) -> str:
+        """Tell the others before what is pending ends: the reason they see is the true one."""
         reason = f"rank {self.rank}: {type(error).__name__}: {error}"
         try:
-            reason = run_blocking(self.places.announce_failure(reason))
+            reason = await self.places.announce_failure(reason)
         except Exception as lost:
             logger.error("rank %d: cannot tell the other ranks: %s", self.rank, lost)
-        self.backend.abort()
         return reason
 
 

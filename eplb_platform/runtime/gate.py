@@ -12,6 +12,10 @@ import threading
 from eplb_platform.runtime.actions import Action
 from eplb_platform.runtime.ports import Clock
 
+LOOKS = 8
+"""The time for an answer is measured in so many parts: where the whole process was stopped for long, only one
+of them is over, and the background thread has the others to learn the answer."""
+
 
 class ForwardStopped(RuntimeError):
     """This rank cannot learn whether an action was agreed, so it must not run another forward pass."""
@@ -130,7 +134,9 @@ class ForwardGate:
         with self.changed:
             self._boundary += 1
         if not self._may_pass(self._boundary):
-            await clock.until(lambda: self._may_pass(self._boundary), timeout_s)
+            for _ in range(LOOKS):
+                if await clock.until(lambda: self._may_pass(self._boundary), timeout_s / LOOKS):
+                    break
         with self.changed:  # a promise that is made meanwhile lies ahead
             if self._is_unanswered(self._boundary):
                 raise ForwardStopped(self._unanswered(timeout_s)) from self._failure

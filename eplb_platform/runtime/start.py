@@ -29,7 +29,7 @@ from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import ForwardGate
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
-from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer
+from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer, run_blocking
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import ComputeCostRecorder, MapRecorder, TraceRecorder
 from eplb_platform.runtime.served_model import MeasuredModel, ServedModel, WeightedModel
@@ -81,8 +81,8 @@ def start_balancer(
         on the first active rank only.
     on_stage: called in the background thread whenever a cycle enters a stage.
     Raises ValueError for an unknown algorithm and for too little staging memory, `GroupError` when not every
-    rank comes, and `DeploymentError` when ranks start from different maps or `deploy` cannot be reached; the
-    model must not serve then.
+    rank comes, and `DeploymentError` when ranks start from different maps or configurations, or
+    `deploy` cannot be reached; the model must not serve then.
     """
     from torch.distributed import PrefixStore
 
@@ -214,14 +214,15 @@ def _deploy(
     places = Agreement(link.plane, link.clock, scope="start", rank=link.rank, ranks=link.members)
     deployment = Deployment(
         model,
-        backend,
+        config,
         places,
         link.rank,
         layers_per_chunk=config.layer_updates_per_step,
         timeout_s=config.transfer_timeout_s,
         make_migrator=lambda: migrator or _new_migrator(config, model, backend, link.rank),
+        make_group=lambda migrator: BackendGroup(backend, migrator, config.transfer_timeout_s, link.members),
     )
-    expert_map = deployment.run(model.expert_map, target)
+    expert_map = run_blocking(deployment.run(model.expert_map, target))
     link.finished_keys = places.keys
     return expert_map
 

@@ -1,0 +1,401 @@
+"""One simulated rank: a real balancer over simulated ports, and the forward thread that calls it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_platform.config import EplbConfig
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.heat import Phase
+from eplb_platform.migration.staging import BYTES_PER_MB, Staging
+from eplb_platform.migration.transfer import Migrator
+from eplb_platform.runtime.agreement import Agreement
+from eplb_platform.runtime.balancer import ANSWER_TIMEOUTS, Balancer
+from eplb_platform.runtime.cycle import RankLink, Stage
+from eplb_platform.runtime.deployment import Deployment, DeploymentError
+from eplb_platform.runtime.gate import ForwardGate, ForwardStopped
+from eplb_platform.runtime.meeting import ForwardMeetings, MeetingFailed
+from eplb_platform.runtime.planning import AlgorithmPlanner
+from eplb_platform.runtime.ports import ExpertLoad
+from eplb_platform.runtime.start import assemble
+from eplb_platform.testing.cluster.engine import Engine, EngineFailed, Pass
+from eplb_platform.testing.cluster.network import Network, SimulatedGroup
+from eplb_platform.testing.cluster.ports import (
+    SimulatedBackground,
+    SimulatedClock,
+    SimulatedPlanner,
+    SimulatedRecorder,
+    SimulatedTracer,
+)
+from eplb_platform.testing.cluster.scheduler import Task
+from eplb_platform.testing.cluster.store import SimulatedPlane, SimulatedStore, Weather
+from eplb_platform.testing.cluster.weights import TagMemory
+
+if TYPE_CHECKING:
+    import torch
+
+    from eplb_platform.backend import Backend
+
+TABLE_WIDTH = 6
+ROUNDING_S = 1e-6
+
+
+class InjectedError(RuntimeError):
+    """What a fault raises in a stage."""
+
+
+class _PokingCondition(threading.Condition):
+    """The gate's condition where waiting is the scheduler's business."""
+
+    def __init__(self, poke: Callable[[], None]) -> None:
+        super().__init__()
+        self._poke = poke
+
+    def notify_all(self) -> None:
+        self._poke()
+
+
+class TaggedModel:
+    """The engine's model on one rank, as the balancer gets it."""
+
+    routing_table_width = TABLE_WIDTH
+
+    def __init__(self, engine: Engine, rank: int, expert_map: ExpertMap) -> None:
+        self.expert_map = expert_map
+        self.expert_weights: Sequence[Sequence[torch.Tensor]] = engine.weights.of_rank(rank)
+        self._engine = engine
+        self._rank = rank
+        self.is_in_step = False
+
+    def apply_map(self, layers: Sequence[int], expert_map: ExpertMap) -> None:
+        if self.is_in_step and "logical_to_physical" not in vars(expert_map):
+            self._engine.violate(f"rank {self._rank}: the forward thread must derive the tables of a map")
+        self._engine.routes_by(self._rank, layers, expert_map)
+
+    def apply_tables(
+        self,
+        layers: Sequence[int],
+        expert_map: ExpertMap,
+        logical_to_physical: NDArray[np.int32],
+        count: NDArray[np.int32],
+    ) -> None:
+        """Each entry in use must be a slot that holds the expert; the shape never changes."""
+        if logical_to_physical.shape[2] != TABLE_WIDTH:
+            self._engine.violate(f"rank {self._rank}: a table of width {logical_to_physical.shape[2]}")
+        held = expert_map.physical_to_logical[list(layers)]
+        in_use = np.arange(logical_to_physical.shape[2]) < count[..., None]
+        experts = np.arange(held.shape[0])[:, None, None], logical_to_physical
+        right = held[experts] == np.arange(logical_to_physical.shape[1])[:, None]
+        if (in_use & ~right).any() or (count < 1).any():
+            self._engine.violate(
+                f"wrong token: rank {self._rank}: a table's entry is no replica of its expert"
+            )
+        self._engine.routes_by(self._rank, layers, expert_map)
+
+
+class SimulatedRank:
+    """One process of the engine.
+
+    expert_map: what its weights follow at the start; deploy: where they are moved to before the first pass
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        engine: Engine,
+        store: SimulatedStore,
+        network: Network,
+        config: EplbConfig,
+        expert_map: ExpertMap,
+        deploy: ExpertMap | None,
+        folder: Path | None,
+    ) -> None:
+        self.rank = rank
+        self.engine = engine
+        self.config = config
+        self.weather = Weather()
+        self.observers: list[Callable[[Stage], None]] = []
+        """Called when its cycle enters a stage; what they raise, the cycle sees."""
+        self.calls: dict[int, list[Callable[[], Awaitable[None]]]] = {}
+        """What the engine calls after a pass, by the number of the pass."""
+        self.ending = ""
+        """Why the forward thread ended; empty while it serves."""
+        self.is_dead = False
+        self.longest_wait_s = 0.0
+        self.slept_s = 0.0
+        """For how long its clock went on while it could not."""
+        self.tasks: list[Task] = []
+        scenario, scheduler = engine.scenario, engine.scheduler
+        draw = random.Random(f"rank {rank} of {scenario.seed}")
+        self.clock = SimulatedClock(scheduler, store, timeout_s=config.transfer_timeout_s)
+        gate = ForwardGate(_PokingCondition(self.clock.poke))
+        self.model = TaggedModel(engine, rank, expert_map)
+        self.memory = TagMemory(
+            rank, self.model.expert_weights, network.memories, lambda: self._inject("transfer corrupted")
+        )
+        self.memory.verifies = config.verify_transfers
+        network.memories[rank] = self.memory
+        self._migrator = self._new_migrator() if config.moves_experts or deploy is not None else None
+        self.group = SimulatedGroup(
+            network,
+            rank,
+            self.memory,
+            self._migrator,
+            draw,
+            timeout_s=config.transfer_timeout_s,
+            is_device_group=scenario.device_group,
+            on_call=lambda: self._check_thread("a group operation"),
+            injected=self._inject,
+            violate=engine.violate,
+            step=lambda: engine.step,
+        )
+        self.background = SimulatedBackground(scheduler, rank, self.clock)
+        self.link = RankLink(
+            rank,
+            scenario.num_ranks,
+            plane=self._plane(store, draw),
+            group=self.group,
+            clock=self.clock,
+            gate=gate,
+        )
+        self.recorder = SimulatedRecorder(None if folder is None else folder / "map.json", self._inject)
+        self.planner = SimulatedPlanner(
+            scheduler,
+            draw,
+            timeout_s=config.transfer_timeout_s,
+            check=self._check_load,
+            injected=self._inject,
+            algorithm=self._algorithm() if scenario.real_planner else None,
+            violate=engine.violate,
+        )
+        self.tracer = SimulatedTracer(engine) if config.trace_record_path is not None else None
+        self._meetings = ForwardMeetings(self._plane(store, draw), self.link)
+        self._deploy = deploy
+        self._is_in_step = False
+        self._held_back: tuple[NDArray[np.int64] | None, ExpertMap, Phase, bool] | None = None
+        self._physical: tuple[ExpertMap, NDArray[np.int64]] | None = None
+        self.balancer = self._assemble(expert_map)
+
+    # --- the forward thread ---
+
+    async def serve(self) -> None:
+        """Serve until the engine ends, or this rank must stop."""
+        engine = self.engine
+        try:
+            await self._start()
+            while not engine.is_over_after(engine.step):
+                served = await engine.forward(self.rank)
+                await self._step(served)
+                for call in self.calls.pop(engine.step, ()):
+                    await call()
+            self.ending = "served to the end"
+        except DeploymentError as refused:
+            self.ending = f"refused: {refused}"
+            engine.leave(self.rank, self.ending)
+        except EngineFailed as failed:
+            self.ending = str(failed)
+        except ForwardStopped as stopped:
+            self.ending = f"stopped: {stopped}"
+            engine.leave(self.rank, self.ending)
+            if not self.weather.has_lost:
+                engine.violate(f"rank {self.rank} {self.ending}, though it could reach the store")
+        await self.close()
+
+    async def _start(self) -> None:
+        """What `start_balancer` does once the ports are there."""
+        places = Agreement(
+            self.link.plane,
+            self.clock,
+            scope="start",
+            rank=self.rank,
+            ranks=self.link.members,
+        )
+        deployment = Deployment(
+            self.model,
+            self.config,
+            places,
+            self.rank,
+            layers_per_chunk=self.config.layer_updates_per_step,
+            timeout_s=self.config.transfer_timeout_s,
+            make_migrator=self._the_migrator,
+            make_group=lambda migrator: self.group,
+        )
+        expert_map = await deployment.run(self.model.expert_map, self._deploy)
+        self.link.finished_keys = places.keys
+        self.balancer = self._assemble(expert_map)
+        self.balancer.record_start()
+        self.engine.has_started(self.rank, expert_map)
+
+    async def close(self) -> None:
+        """The engine ends on this rank."""
+        started, slept = self.clock.now(), self.slept_s
+        await self.balancer.closing()
+        took = self.clock.now() - started - (self.slept_s - slept)
+        if took > 1.4 * self.config.transfer_timeout_s:
+            self.engine.violate(f"rank {self.rank}: closing took {took:.3f} s")
+
+    async def _step(self, served: Pass) -> None:
+        """What the engine does between two passes, and whether the balancer says where the time went."""
+        stats = self.balancer.stats
+        started, waited, commits, slept = self.clock.now(), stats.wait_s, stats.commits, self.slept_s
+        load, counted_by, phase, is_dummy = self._counts(served)
+        self._is_in_step = self.model.is_in_step = True
+        try:
+            await self.balancer.stepping(load, phase=phase, is_dummy=is_dummy, counted_by=counted_by)
+        finally:
+            self._is_in_step = self.model.is_in_step = False
+            took, waited = self.clock.now() - started, stats.wait_s - waited
+            slept = self.slept_s - slept
+            self.longest_wait_s = max(self.longest_wait_s, took - slept)
+            if took > waited + ROUNDING_S:
+                self.engine.violate(
+                    f"rank {self.rank}: a stall of {took:g} s, {waited:g} s are accounted for"
+                )
+            if took - slept > 1.4 * ANSWER_TIMEOUTS * self.config.transfer_timeout_s:
+                self.engine.violate(f"rank {self.rank}: the forward thread waited for {took:.3f} s")
+        if stats.commits != commits:
+            self.engine.committed(self.rank, self.balancer.expert_map)
+
+    def _counts(self, served: Pass) -> tuple[NDArray[np.int64] | None, ExpertMap, Phase, bool]:
+        """What the device counted: of this pass, or where counts come late of the one before."""
+        expert_map, is_dummy = self.balancer.expert_map, bool(served.is_dummy[self.rank])
+        tokens = int(served.tokens[self.rank])
+        load = None if tokens == 0 and not is_dummy else self._physical_load(expert_map) * max(1, tokens)
+        counts = load, expert_map, served.phase, is_dummy
+        if not self.engine.scenario.counts_late:
+            return counts
+        counts, self._held_back = self._held_back or (None, expert_map, served.phase, False), counts
+        return counts
+
+    def _physical_load(self, expert_map: ExpertMap) -> NDArray[np.int64]:
+        """[layers, physical], all tokens on each expert's first replica."""
+        if self._physical is None or self._physical[0] is not expert_map:
+            load = np.zeros(expert_map.physical_to_logical.shape, dtype=np.int64)
+            first = expert_map.logical_to_physical[:, :, 0]
+            np.put_along_axis(load, first.astype(np.int64), self.engine.basic_load, axis=1)
+            self._physical = expert_map, load
+        return self._physical[1]
+
+    async def meet(self, call: Callable[[], Awaitable[None]], *, may_fail: bool) -> None:
+        """A call that all forward threads make; it ends in time, and fails only where it may."""
+        started, slept = self.clock.now(), self.slept_s
+        try:
+            await call()
+        except MeetingFailed as failed:
+            self.engine.trace.add(self.engine.scheduler.now, f"rank {self.rank}: {failed}")
+            if not may_fail:
+                self.engine.violate(f"rank {self.rank}: {failed}")
+        took = self.clock.now() - started - (self.slept_s - slept)
+        if took > 5 * self.config.transfer_timeout_s:
+            self.engine.violate(f"rank {self.rank}: a meeting took {took:.3f} s")
+
+    # --- what goes wrong ---
+
+    def freeze(self, seconds: float) -> None:
+        """As SIGSTOP and, after `seconds`, SIGCONT."""
+        self.slept_s += seconds
+        self.engine.scheduler.freeze(self.rank, seconds)
+
+    def jump(self, seconds: float) -> None:
+        """The clock goes forward at once."""
+        self.slept_s += seconds
+        self.clock.jump(seconds)
+        self.clock.poke()
+
+    def die(self) -> None:
+        """As kill -9."""
+        if self.is_dead or self.ending:
+            return
+        self.is_dead, self.ending = True, "dead"
+        for task in [*self.tasks, *([self.background.task] if self.background.task else [])]:
+            if task is not self.engine.scheduler.current:
+                self.engine.scheduler.kill(task)
+        self.engine.leave(self.rank, "killed")
+
+    # --- checks ---
+
+    def _enter(self, stage: Stage) -> None:
+        for observer in list(self.observers):
+            observer(stage)
+
+    def _check_load(self, load: ExpertLoad) -> None:
+        """What is planned on is what was served, counted by the map that it was served by."""
+        scenario, engine = self.engine.scenario, self.engine
+        steps = scenario.config.expert_heat_collection_interval
+        per_window = -(-steps // scenario.config.num_load_windows)
+        completed = engine.step // per_window
+        for end in range(completed, max(-1, completed - 2 * scenario.config.num_load_windows - 40), -1):
+            first = end - len(load)
+            tokens = [
+                engine.window_tokens(number * per_window, (number + 1) * per_window)
+                for number in range(max(first, 0), end)
+            ]
+            truth = np.array(tokens)[:, None, None] * engine.basic_load
+            if truth.shape == load.shape and (truth == load).all():
+                return
+        engine.violate("the load that is planned on is not what was served")
+
+    def _check_thread(self, what: str) -> None:
+        """While the engine waits for `step`, its thread calls nobody."""
+        if self._is_in_step and self.engine.scheduler.current in self.tasks:
+            self.engine.violate(f"rank {self.rank}: {what} on the forward path")
+
+    def _inject(self, kind: str) -> None:
+        self.engine.inject(kind, self.rank)
+
+    # --- its parts ---
+
+    def _plane(self, store: SimulatedStore, draw: random.Random) -> SimulatedPlane:
+        return SimulatedPlane(
+            store,
+            self.engine.scheduler,
+            self.weather,
+            draw,
+            timeout_s=self.config.transfer_timeout_s / 2,
+            on_request=lambda: self._check_thread("a request to the store"),
+        )
+
+    def _assemble(self, expert_map: ExpertMap) -> Balancer:
+        return assemble(
+            self.config,
+            self.model,
+            self.link,
+            self._meetings,
+            model_name="simulated",
+            expert_map=expert_map,
+            migrator=self._migrator if self.config.moves_experts else None,
+            planner=self.planner,
+            recorder=self.recorder if self.config.records_map else None,
+            tracer=self.tracer,
+            background=self.background,
+            on_stage=self._enter,
+        )
+
+    def _algorithm(self) -> AlgorithmPlanner:
+        return AlgorithmPlanner(self.config.algorithm, 1, self.config.transfer_timeout_s)
+
+    def _the_migrator(self) -> Migrator:
+        assert self._migrator is not None
+        return self._migrator
+
+    def _new_migrator(self) -> Migrator:
+        config, backend = self.config, cast("Backend", self.memory)
+        max_bytes = None
+        if config.staging_memory_mb is not None:
+            max_bytes = round(config.staging_memory_mb * BYTES_PER_MB)
+        staging = Staging(
+            backend,
+            self.model.expert_weights,
+            max_bytes=max_bytes,
+            layers_per_chunk=config.layer_updates_per_step,
+        )
+        return Migrator(
+            backend, self.model.expert_weights, staging, self.rank, verify=config.verify_transfers
+        )

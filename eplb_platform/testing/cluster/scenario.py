@@ -1,0 +1,191 @@
+"""What a seed stands for: a cluster, a configuration, and the faults that come over it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from eplb_platform.config import EplbConfig
+from eplb_platform.runtime.cycle import Stage
+
+STEP_S = 0.02
+TIMEOUT_S = 0.4
+"""The time-out of transfers and agreements: some twenty steps."""
+
+ANY_STAGE = (
+    Stage.START, Stage.COLLECT, Stage.PLAN, Stage.BROADCAST, Stage.COMPARE, Stage.SCHEDULE, Stage.FETCH,
+    Stage.AGREE, Stage.COMMIT, Stage.RECORD,
+)  # fmt: skip
+
+PLANNER_FAULTS = ("planner exception", "planner time-out", "planner late", "planner nonsense")
+RANK_FAULTS = (
+    "slow rank", "slow background", "slow control plane", "lost messages", "store gone", "rank frozen",
+    "clock jump", "plan differs on a rank", "transfer corrupted", "fetch never finishes", "error in fetch",
+    "error in sum", "error in broadcast", "error in rebuild", "exception in a stage",
+)  # fmt: skip
+ENGINE_FAULTS = (
+    "store gone for all", "lost messages everywhere", "slow control plane everywhere", "idle engine",
+    "full disk", "read-only folder", "pause", "pause on one rank", "rebalance now",
+    "rebalance now on one rank", "invalidate", "drain", "a rank misses a meeting",
+    "ranks mean different meetings",
+)  # fmt: skip
+LAST_FAULTS = ("rank dead", "shutdown", "planner never answers")
+"""At most one in a run, and nothing has to be well after it."""
+
+
+@dataclass(frozen=True)
+class FaultPlan:
+    """One fault: what, on which rank, and when it comes.
+
+    step: the pass after which it is there; stage: it comes when the rank enters this stage after that pass
+    """
+
+    kind: str
+    rank: int
+    step: int
+    stage: Stage | None = None
+
+    def __str__(self) -> str:
+        when = f"after pass {self.step}" + (f", entering {self.stage}" if self.stage else "")
+        return f"{self.kind} (rank {self.rank}, {when})"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """All that a run depends on."""
+
+    seed: int
+    num_ranks: int
+    num_layers: int
+    slots_per_rank: int
+    num_redundant: int
+    num_nodes: int
+    config: EplbConfig
+    faults: tuple[FaultPlan, ...] = ()
+    different_config: Mapping[str, object] = field(default_factory=dict)
+    """What `odd_rank` has in its configuration instead."""
+    odd_rank: int = 0
+    step_s: float = STEP_S
+    uneven_steps: float = 0.0
+    """Part by which passes of one rank differ from the next's."""
+    dummy_ranks: float = 0.0
+    """How likely a rank has no requests in a pass."""
+    counts_late: bool = False
+    """The device's counts come one pass late."""
+    tolerates_death: bool = False
+    """The engine goes on without a rank that died."""
+    deploys: bool = False
+    """The weights are moved to another map before the first pass."""
+    real_planner: bool = False
+    """The configured algorithm plans."""
+    device_group: bool = False
+    """Exchanges are enqueued by the forward thread, as NCCL and HCCL want it."""
+    keeps_files: bool = False
+    """Records are written to a folder."""
+    weighted: bool = False
+    """The model takes unequal shares."""
+    quiet_step: int = 50
+    """The pass from which nothing goes wrong any more."""
+
+    @property
+    def num_logical(self) -> int:
+        return self.num_ranks * self.slots_per_rank - self.num_redundant
+
+    def last(self, kind: str) -> bool:
+        """Whether a fault of this kind is planned."""
+        return any(fault.kind == kind for fault in self.faults)
+
+
+def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
+    """The scenario that `seed` stands for; `num_ranks` in place of the 8 to 64 that it would draw."""
+    draw = random.Random(seed)
+    ranks = draw.choice((8, 8, 8, 12, 16, 16, 24, 32, 48, 64))
+    ranks = ranks if num_ranks is None else num_ranks
+    slots = draw.choice((1, 2, 2, 3, 4))
+    layers = draw.randint(1, 4)
+    interval = draw.choice((4, 6, 8, 12))
+    verify = draw.random() < 0.5
+    kind = draw.choices(("dynamic", "record only", "static"), (0.9, 0.07, 0.03))[0]
+    config = EplbConfig(
+        dynamic_eplb=kind == "dynamic",
+        expert_map_record_path=None if kind == "static" or draw.random() < 0.3 else "map.json",
+        trace_record_path="trace.safetensors" if kind != "static" and draw.random() < 0.2 else None,
+        log_balancedness=kind == "record only",
+        expert_heat_collection_interval=interval,
+        algorithm_execution_interval=draw.choice((0, 0, 2, 5)),
+        load_windows=draw.choice((1, 2, 4)),
+        load_collection_phase=draw.choice(("all", "all", "decode")),
+        layer_updates_per_step=draw.choice((1, 1, 2, 4)),
+        commit_margin_steps=draw.choice((1, 2, 4)),
+        staging_memory_mb=draw.choice((None, None, 16e-6 * (slots + 1))),
+        transfer_timeout_s=TIMEOUT_S,
+        verify_transfers=verify,
+        weighted_dispatch=draw.random() < 0.2,
+        eplb_policy_type=draw.choice(("adaptive", "deepseek", "swift_balancer")),
+    )
+    quiet = draw.randint(2, 5) * interval + 10
+    scenario = Scenario(
+        seed=seed,
+        num_ranks=ranks,
+        num_layers=layers,
+        slots_per_rank=slots,
+        num_redundant=draw.randint(0, max(0, min(ranks, ranks * slots - ranks))),
+        num_nodes=draw.choice((1, 1, 2, 4)),
+        config=config,
+        uneven_steps=draw.choice((0.0, 0.1, 0.9)),
+        dummy_ranks=draw.choice((0.0, 0.0, 0.3, 1.0)),
+        counts_late=draw.random() < 0.3,
+        tolerates_death=draw.random() < 0.5,
+        deploys=draw.random() < 0.15,
+        real_planner=draw.random() < 0.1,
+        device_group=draw.random() < 0.4,
+        keeps_files=draw.random() < 0.1,
+        weighted=config.weighted_dispatch and kind == "dynamic",
+        quiet_step=quiet,
+    )
+    return _with_faults(scenario, draw)
+
+
+def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
+    """None, one, or a few at once."""
+    if scenario.config.mode.value == "off" or draw.random() < 0.1:
+        return scenario
+    if draw.random() < 0.03:
+        different = draw.choice(
+            (
+                {"layer_updates_per_step": scenario.config.layer_updates_per_step + 1},
+                {"verify_transfers": not scenario.config.verify_transfers},
+                {"expert_heat_collection_interval": scenario.config.expert_heat_collection_interval + 3},
+                {"dynamic_eplb": not scenario.config.dynamic_eplb},
+                {"transfer_timeout_s": 2 * TIMEOUT_S},
+            )
+        )
+        odd = draw.randrange(scenario.num_ranks)
+        return replace(scenario, different_config=different, odd_rank=odd)
+    faults = [_fault(scenario, draw) for _ in range(draw.choice((1, 1, 2, 3, 4)))]
+    if draw.random() < 0.2:
+        kind = draw.choices(LAST_FAULTS, (0.6, 0.35, 0.05))[0]
+        rank = 0 if kind == "planner never answers" else draw.randrange(scenario.num_ranks)
+        faults.append(_at(kind, rank, scenario, draw))
+    return replace(scenario, faults=tuple(faults))
+
+
+def _fault(scenario: Scenario, draw: random.Random) -> FaultPlan:
+    kind = draw.choices(
+        (draw.choice(PLANNER_FAULTS), draw.choice(RANK_FAULTS), draw.choice(ENGINE_FAULTS)), (0.2, 0.5, 0.3)
+    )[0]
+    if kind == "transfer corrupted" and not scenario.config.verify_transfers:
+        kind = "error in fetch"
+    return _at(kind, draw.randrange(scenario.num_ranks), scenario, draw)
+
+
+def _at(kind: str, rank: int, scenario: Scenario, draw: random.Random) -> FaultPlan:
+    """Half of the faults come at a stage: that is where most can go wrong."""
+    step = draw.randint(1, max(1, scenario.quiet_step - 6))
+    stage = None
+    if kind == "exception in a stage" or (
+        kind in (*RANK_FAULTS, "rank dead", "shutdown") and draw.random() < 0.6
+    ):
+        stage = draw.choice(ANY_STAGE)
+    return FaultPlan(kind, rank, step, stage)

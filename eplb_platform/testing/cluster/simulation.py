@@ -1,0 +1,477 @@
+"""One seed from start to end: what is served, what goes wrong meanwhile, and whether every rule held."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from eplb_platform.config import EplbConfig
+from eplb_platform.expert_map import ExpertMap
+from eplb_platform.heat import warm_up as warm_up_heat
+from eplb_platform.runtime.cycle import Stage
+from eplb_platform.testing.cluster.engine import Engine, Trace
+from eplb_platform.testing.cluster.network import Network
+from eplb_platform.testing.cluster.rank import InjectedError, SimulatedRank
+from eplb_platform.testing.cluster.scenario import (
+    ENGINE_FAULTS,
+    PLANNER_FAULTS,
+    RANK_FAULTS,
+    STEP_S,
+    TIMEOUT_S,
+    FaultPlan,
+    Scenario,
+    draw_scenario,
+)
+from eplb_platform.testing.cluster.scheduler import Scheduler, Stuck
+from eplb_platform.testing.cluster.store import SimulatedStore
+from eplb_platform.topology import Topology
+
+RECOVERY_CYCLES = 4
+"""So many collections, and the time-outs of so many cycles, are enough to be well again."""
+MEETING_FAULTS = ("lost messages", "store gone", "slow control plane", "rank frozen", "clock jump")
+
+
+HARMLESS = {
+    "idle engine",
+    "rebalance now",
+    "rebalance now on one rank",
+    "pause",
+    "pause on one rank",
+    "slow rank",
+}
+SLOWING = {"rank dead"} | {
+    kind
+    for kind in (*RANK_FAULTS, *ENGINE_FAULTS)
+    if kind.startswith(("slow", "lost", "store", "rank frozen", "clock"))
+}
+CALM_WAIT_STEPS = 3.0
+
+
+@dataclass
+class Result:
+    """What one seed came to."""
+
+    seed: int
+    violations: list[str]
+    injected: Counter[str]
+    """Faults that took effect, by kind."""
+    passes: int = 0
+    commits: int = 0
+    cycles: Counter[str] = field(default_factory=Counter)
+    """By outcome, over all ranks."""
+    recovered: bool | None = None
+    """Whether a cycle succeeded after the last fault; None where none came, or nothing had to be well."""
+    longest_wait_steps: float = 0.0
+    events: int = 0
+    trace: list[str] = field(default_factory=list)
+
+    @property
+    def replay(self) -> str:
+        """The command that runs this seed again and shows what happened."""
+        return f"python -m eplb_platform.testing.cluster --seed {self.seed} --trace"
+
+
+def simulate(scenario: Scenario | int, *, keep_trace: bool = False) -> Result:
+    """Run a scenario, or the one that a seed stands for. Equal scenarios give equal results."""
+    if isinstance(scenario, int):
+        scenario = draw_scenario(scenario)
+    with ExitStack() as stack:
+        folder = None
+        if scenario.keeps_files:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eplb-cluster-")))
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, logging.NOTSET)
+        return _Simulation(scenario, folder, keep_trace).run()
+
+
+class _Simulation:
+    """The parts of one run, and what its end is judged by."""
+
+    def __init__(self, scenario: Scenario, folder: Path | None, keep_trace: bool) -> None:
+        warm_up_heat()
+        self.scenario = scenario
+        self.random = random.Random(f"faults {scenario.seed}")
+        self.scheduler = Scheduler(scenario.seed, limit_s=3600)
+        topology = Topology(scenario.num_ranks, min(scenario.num_nodes, scenario.num_ranks))
+        self.initial = ExpertMap.initial(
+            scenario.num_layers, scenario.num_logical, topology, scenario.num_redundant
+        )
+        self.engine = Engine(scenario, self.scheduler, Trace(keep_trace), self.initial)
+        self.store = SimulatedStore(self.scheduler)
+        self.network = Network(self.scheduler, scenario.num_ranks)
+        deploy = self._map_to_deploy() if scenario.deploys else None
+        self.ranks = [
+            SimulatedRank(
+                rank,
+                self.engine,
+                self.store,
+                self.network,
+                self._config_of(rank),
+                self.initial,
+                deploy,
+                folder,
+            )
+            for rank in range(scenario.num_ranks)
+        ]
+        self.is_permanent = False
+        """Whether something came after which no cycle has to succeed."""
+        self.recovered: bool | None = None
+        self.well_since: int | None = None
+        self._serving = scenario.num_ranks
+
+    def _map_to_deploy(self) -> ExpertMap:
+        slots = self.random.sample(
+            range(self.initial.num_physical_experts), self.initial.num_physical_experts
+        )
+        return ExpertMap(
+            self.initial.physical_to_logical[:, slots],
+            self.initial.num_logical_experts,
+            self.initial.topology,
+        )
+
+    def _config_of(self, rank: int) -> EplbConfig:
+        scenario = self.scenario
+        if rank != scenario.odd_rank or not scenario.different_config:
+            return scenario.config
+        return EplbConfig(**{**scenario.config.model_dump(), **scenario.different_config})
+
+    def run(self) -> Result:
+        engine, scheduler = self.engine, self.scheduler
+        engine.trace.add(0.0, f"{self.scenario}")
+        for rank in self.ranks:
+            rank.tasks.append(scheduler.spawn(rank.rank, "forward", self._serve(rank)))
+        engine.on_pass = self._after_pass
+        try:
+            scheduler.run()
+        except Stuck as stuck:
+            where = Counter(f"{rank.balancer.state}, {rank.ending or 'serving'}" for rank in self.ranks)
+            engine.violate(f"{stuck}: {dict(where)}")
+        if not engine.violations:
+            self._judge()
+        return self._result()
+
+    async def _serve(self, rank: SimulatedRank) -> None:
+        try:
+            await rank.serve()
+        finally:
+            self._serving -= 1
+            if not self._serving:
+                self.scheduler.stop()
+
+    # --- faults ---
+
+    def _after_pass(self, step: int) -> None:
+        """Pass `step` has begun: faults that come now come while it runs."""
+        scenario = self.scenario
+        for fault in scenario.faults:
+            if fault.step == step:
+                if fault.stage is None:
+                    self._strike(fault)
+                else:
+                    self._lie_in_wait(fault)
+        if step >= scenario.quiet_step and self.engine.last_pass is None:
+            self._look_for_recovery(step)
+
+    def _lie_in_wait(self, fault: FaultPlan) -> None:
+        rank = self.ranks[fault.rank]
+
+        def observe(stage: Stage) -> None:
+            if stage == fault.stage and self.engine.step < self.scenario.quiet_step:
+                rank.observers.remove(observe)
+                self._strike(fault)
+                if rank.is_dead:
+                    raise InjectedError("dead")
+                if fault.kind == "exception in a stage":
+                    raise InjectedError(f"injected into {stage}")
+
+        rank.observers.append(observe)
+
+    def _strike(self, fault: FaultPlan) -> None:
+        self.engine.trace.add(self.scheduler.now, f"comes: {fault}")
+        if fault.kind not in ("transfer corrupted", "plan differs on a rank") and not fault.kind.startswith(
+            ("planner", "error", "fetch", "full", "read-only")
+        ):
+            self.engine.inject(fault.kind, fault.rank)
+        _STRIKES[fault.kind](self, self.ranks[fault.rank])
+
+    def meet(self, kind: str, odd: SimulatedRank) -> None:
+        """All forward threads are called together after the pass that runs: to load weights anew, or drain.
+
+        odd: a rank that comes late, or for something else, where `kind` says so
+        """
+        draw, scenario = self.random, self.scenario
+        purpose = kind if kind in ("invalidate", "drain") else draw.choice(("invalidate", "drain"))
+        may_fail = purpose != kind or any(fault.kind.startswith(MEETING_FAULTS) for fault in scenario.faults)
+        table = self.initial.physical_to_logical[
+            :, draw.sample(range(self.initial.num_physical_experts), k=self.initial.num_physical_experts)
+        ]
+        loaded = ExpertMap(table, self.initial.num_logical_experts, self.initial.topology)
+        for rank in self.ranks:
+            is_odd = rank is odd
+            mine = (
+                ("drain" if purpose == "invalidate" else "invalidate")
+                if is_odd and kind == "ranks mean different meetings"
+                else purpose
+            )
+            step = self.engine.step + (is_odd and kind == "a rank misses a meeting")
+            call = self._invalidating(rank, loaded) if mine == "invalidate" else rank.balancer.draining
+            rank.calls.setdefault(step, []).append(partial(rank.meet, call, may_fail=may_fail))
+
+    def _invalidating(self, rank: SimulatedRank, loaded: ExpertMap) -> Callable[[], Awaitable[None]]:
+        version = self.engine.weights.version + 1
+
+        async def load_anew() -> None:
+            await rank.balancer.invalidating(loaded)
+            self.engine.load_anew(rank.rank, loaded, version)
+
+        return load_anew
+
+    def later(self, action: Callable[[], None], most_steps: float = 8) -> None:
+        """What has come goes again."""
+        seconds = STEP_S * self.random.uniform(0.5, most_steps)
+        self.scheduler.call_at(self.scheduler.now + seconds, action)
+
+    # --- the end ---
+
+    def _look_for_recovery(self, step: int) -> None:
+        """From the quiet step on, a cycle must succeed in due time."""
+        scenario, engine = self.scenario, self.engine
+        if not scenario.config.observes or self.is_permanent or engine.failure:
+            engine.last_pass = step + 3
+            return
+        stats = [self.ranks[rank].balancer.stats for rank in sorted(engine.members)]
+        if self.well_since is None:
+            self.well_since = max(one.cycles for one in stats) + 1
+            return
+        if min(one.cycles for one in stats) > self.well_since:
+            self.recovered = True
+            engine.last_pass = step + self.random.randint(1, 6)
+            return
+        interval = scenario.config.expert_heat_collection_interval
+        patience = RECOVERY_CYCLES * (interval + 4 * TIMEOUT_S / STEP_S) + 60 * scenario.num_layers
+        if step > scenario.quiet_step + patience:
+            self.recovered = False
+            engine.last_pass = step + 1
+
+    def _judge(self) -> None:
+        """What must hold when all has ended."""
+        engine, scenario = self.engine, self.scenario
+        if self.recovered is False:
+            last = Counter(rank.balancer.stats.last_error for rank in self.ranks)
+            states = Counter(rank.balancer.state for rank in self.ranks)
+            engine.violate(f"no cycle succeeds any more: {dict(states)}, {dict(last)}")
+        for rank in self.ranks:
+            for task in rank.tasks:
+                if task.error is not None:
+                    engine.violate(f"rank {rank.rank}: the forward thread raises {task.error!r}")
+            if rank.background.task is not None and rank.background.task.error is not None:
+                engine.violate(f"rank {rank.rank}: a cycle raises {rank.background.task.error!r}")
+        recorder = self.ranks[0].recorder
+        if recorder.recorded is not None and scenario.config.moves_experts:
+            recorded = recorder.recorded
+            if recorder.path is not None and not self.ranks[0].is_dead:
+                recorded = ExpertMap.load(recorder.path)
+                recorded = ExpertMap(
+                    recorded.physical_to_logical, recorded.num_logical_experts, self.initial.topology
+                )
+            if recorded.digest() not in engine.maps_in_force:
+                engine.violate("the recorded map was never in force")
+        if not scenario.config.moves_experts and engine.commits.any():
+            engine.violate("experts moved though the configuration only observes")
+        if scenario.different_config and engine.started:
+            engine.violate("ranks serve though their configurations differ")
+        if not scenario.config.observes and any(key.startswith("cycle") for key in self.store.values):
+            engine.violate("ranks speak to each other though nothing is observed")
+        self._judge_keys()
+        self._judge_calm()
+
+    def _judge_calm(self) -> None:
+        """Where nothing is in the way, no cycle fails and no forward thread waits long."""
+        ranks, faults = self.ranks, set(self.engine.injected)
+        failed = sum(rank.balancer.stats.failed_cycles for rank in ranks)
+        if failed and faults <= HARMLESS and not self.scenario.different_config:
+            errors = sorted({rank.balancer.stats.last_error for rank in ranks} - {""})
+            self.engine.violate(f"cycles fail without a reason: {errors}")
+        longest = max(rank.longest_wait_s for rank in ranks) / self.scenario.step_s
+        if longest > CALM_WAIT_STEPS and not faults & SLOWING:
+            self.engine.violate(
+                f"a forward thread waits {longest:.1f} steps though every message comes in time"
+            )
+
+    def _judge_keys(self) -> None:
+        """Two cycles' keys may be there at a time, and two meetings'."""
+        scenario = self.scenario
+        chunks = scenario.num_layers * 6 + 2
+        most = 3 * (8 + 3 * chunks) * (scenario.num_ranks + 2)
+        if self.store.most_keys > most:
+            self.engine.violate(f"{self.store.most_keys} keys in the store, expected at most {most}")
+
+    def _result(self) -> Result:
+        engine, ranks = self.engine, self.ranks
+        cycles: Counter[str] = Counter()
+        for rank in ranks:
+            stats = rank.balancer.stats
+            for outcome in ("moved", "stayed", "no_load", "failed", "cancelled"):
+                cycles[outcome] += getattr(stats, f"{outcome}_cycles")
+        return Result(
+            seed=self.scenario.seed,
+            violations=engine.violations,
+            injected=engine.injected,
+            passes=engine.step,
+            commits=int(engine.commits.max(initial=0)),
+            cycles=cycles,
+            recovered=self.recovered if engine.injected else None,
+            longest_wait_steps=max(rank.longest_wait_s for rank in ranks) / self.scenario.step_s,
+            events=self.scheduler.events,
+            trace=engine.trace.lines,
+        )
+
+
+# --- how each fault comes ---
+
+
+def _planner_fault(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
+    def strike(simulation: _Simulation, rank: SimulatedRank) -> None:
+        simulation.ranks[0].planner.fault = kind
+        simulation.is_permanent |= kind == "planner never answers"
+
+    return strike
+
+
+def _record_fault(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
+    def strike(simulation: _Simulation, rank: SimulatedRank) -> None:
+        simulation.ranks[0].recorder.fault = kind
+
+    return strike
+
+
+def _group_error(operation: str) -> Callable[[_Simulation, SimulatedRank], None]:
+    def strike(simulation: _Simulation, rank: SimulatedRank) -> None:
+        rank.group.faults.error_in[operation] = "injected"
+
+    return strike
+
+
+def _nothing(simulation: _Simulation, rank: SimulatedRank) -> None:
+    """The place where it strikes does the rest."""
+
+
+def _slow_rank(simulation: _Simulation, rank: SimulatedRank) -> None:
+    slowness = simulation.engine.slowness
+    slowness[rank.rank] = 100.0
+    simulation.later(lambda: slowness.__setitem__(rank.rank, 1.0), 200)
+
+
+def _weather(
+    is_everywhere: bool, *, slowness: float = 1.0, loss: float = 0.0, is_gone: bool = False, steps: float = 8
+) -> Callable[[_Simulation, SimulatedRank], None]:
+    def strike(simulation: _Simulation, rank: SimulatedRank) -> None:
+        affected = simulation.ranks if is_everywhere else [rank]
+        for one in affected:
+            one.weather.slowness, one.weather.loss, one.weather.is_gone = slowness, loss, is_gone
+
+        def clear() -> None:
+            for one in affected:
+                one.weather.slowness, one.weather.loss, one.weather.is_gone = 1.0, 0.0, False
+
+        simulation.later(clear, steps)
+
+    return strike
+
+
+def _freeze(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.freeze(simulation.random.choice((0.1, 1.0, 6.0)) * TIMEOUT_S)
+
+
+def _jump(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.jump(simulation.random.choice((0.5, 3.0, 1000.0)) * TIMEOUT_S)
+
+
+def _flip_plan(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.group.faults.flip_plan = True
+
+
+def _corrupt(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.memory.flip_next = True
+
+
+def _never_finishes(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.group.faults.never_finishes.add("fetch")
+
+
+def _idle(simulation: _Simulation, rank: SimulatedRank) -> None:
+    simulation.engine.idle_s = simulation.random.choice((0.5, 3.0, 20.0)) * TIMEOUT_S
+
+
+def _pause(simulation: _Simulation, rank: SimulatedRank) -> None:
+    for one in simulation.ranks:
+        one.balancer.pause()
+        simulation.later(one.balancer.resume, 15)
+
+
+def _pause_one(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.balancer.pause()
+    simulation.later(rank.balancer.resume, 15)
+
+
+def _rebalance(simulation: _Simulation, rank: SimulatedRank) -> None:
+    for one in simulation.ranks:
+        one.balancer.rebalance_now()
+
+
+def _rebalance_one(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.balancer.rebalance_now()
+
+
+def _die(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.die()
+    simulation.is_permanent = True
+
+
+def _shut_down(simulation: _Simulation, rank: SimulatedRank) -> None:
+    """All ranks end after the next pass: some may wait for it already."""
+    if simulation.engine.last_pass is None:
+        simulation.engine.last_pass = simulation.engine.step + 1
+
+
+def _meeting(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
+    return lambda simulation, rank: simulation.meet(kind, rank)
+
+
+_STRIKES: dict[str, Callable[[_Simulation, SimulatedRank], None]] = {
+    **{kind: _planner_fault(kind) for kind in (*PLANNER_FAULTS, "planner never answers")},
+    **{kind: _record_fault(kind) for kind in ("full disk", "read-only folder")},
+    **{f"error in {name}": _group_error(name) for name in ("fetch", "sum", "broadcast", "rebuild")},
+    "exception in a stage": _nothing,
+    "slow rank": _slow_rank,
+    "slow background": _weather(False, slowness=100, steps=30),
+    "slow control plane": _weather(False, slowness=20),
+    "slow control plane everywhere": _weather(True, slowness=20),
+    "lost messages": _weather(False, loss=0.1),
+    "lost messages everywhere": _weather(True, loss=0.02),
+    "store gone": _weather(False, is_gone=True),
+    "store gone for all": _weather(True, is_gone=True),
+    "rank frozen": _freeze,
+    "clock jump": _jump,
+    "plan differs on a rank": _flip_plan,
+    "transfer corrupted": _corrupt,
+    "fetch never finishes": _never_finishes,
+    "idle engine": _idle,
+    "pause": _pause,
+    "pause on one rank": _pause_one,
+    "rebalance now": _rebalance,
+    "rebalance now on one rank": _rebalance_one,
+    **{
+        kind: _meeting(kind)
+        for kind in ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
+    },
+    "rank dead": _die,
+    "shutdown": _shut_down,
+}  # fmt: skip

@@ -1,0 +1,143 @@
+"""The simulated cluster: what it promises of itself, and what it has found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from eplb_platform.config import EplbConfig
+from eplb_platform.runtime import Stage
+from eplb_platform.testing.cluster import FaultPlan, Scenario, Tally, draw_scenario, simulate
+from eplb_platform.testing.cluster.scenario import TIMEOUT_S
+
+CALM = Scenario(
+    seed=1,
+    num_ranks=8,
+    num_layers=2,
+    slots_per_rank=3,
+    num_redundant=4,
+    num_nodes=2,
+    config=EplbConfig(
+        dynamic_eplb=True,
+        expert_map_record_path="map.json",
+        expert_heat_collection_interval=4,
+        algorithm_execution_interval=0,
+        load_windows=2,
+        transfer_timeout_s=TIMEOUT_S,
+        verify_transfers=True,
+    ),
+    quiet_step=24,
+)
+
+
+def configured(**keys: object) -> EplbConfig:
+    return EplbConfig(**{**CALM.config.model_dump(), **keys})
+
+
+def test_equal_seeds_give_equal_runs_and_different_seeds_different_ones() -> None:
+    first, again, other = (simulate(replace(CALM, seed=seed), keep_trace=True) for seed in (3, 3, 4))
+    assert first.trace == again.trace
+    assert first.events == again.events
+    assert first.trace != other.trace
+
+
+def test_a_calm_cluster_moves_experts_and_waits_for_nothing() -> None:
+    result = simulate(CALM)
+    assert result.violations == []
+    assert result.commits >= 4
+    assert result.cycles["failed"] == 0
+    assert not result.injected
+
+
+@pytest.mark.parametrize("device_group", [False, True])
+def test_a_flipped_bit_is_caught_and_the_next_cycle_succeeds(device_group: bool) -> None:
+    flipped = replace(CALM, faults=(FaultPlan("transfer corrupted", 2, 3),), device_group=device_group)
+    result = simulate(flipped)
+    assert result.violations == []
+    assert result.injected["transfer corrupted"] == 1
+    assert result.cycles["failed"] == CALM.num_ranks
+    assert result.recovered
+
+
+def test_a_flipped_bit_that_nobody_looks_for_is_seen_as_a_wrong_token() -> None:
+    unverified = configured(verify_transfers=False)
+    result = simulate(replace(CALM, config=unverified, faults=(FaultPlan("transfer corrupted", 2, 3),)))
+    assert "wrong token" in result.violations[0]
+    tally = Tally()
+    tally.add(result)
+    assert tally.wrong_tokens == 1
+    assert any(result.replay in line for line in tally.lines())
+
+
+def test_a_cycle_that_fails_after_its_commit_was_agreed_waits_for_it() -> None:
+    """The next cycle would else start from a map that is about to change."""
+    config = configured(commit_margin_steps=12)
+    faults = tuple(FaultPlan("exception in a stage", rank, 3, Stage.COMMIT) for rank in range(CALM.num_ranks))
+    result = simulate(replace(CALM, config=config, faults=faults, quiet_step=60))
+    assert result.violations == []
+    assert result.injected["exception in a stage"] == CALM.num_ranks
+    assert result.recovered
+
+
+@pytest.mark.parametrize(
+    "different",
+    [
+        {"layer_updates_per_step": 2},
+        {"verify_transfers": False},
+        {"expert_heat_collection_interval": 7},
+        {"dynamic_eplb": False},
+    ],
+)
+def test_a_rank_that_is_configured_differently_serves_nothing(different: dict[str, object]) -> None:
+    result = simulate(replace(CALM, different_config=different, odd_rank=5))
+    assert result.violations == []
+    assert result.passes == 0
+
+
+def test_where_a_rank_keeps_its_files_may_differ() -> None:
+    result = simulate(
+        replace(CALM, different_config={"expert_map_record_path": "elsewhere.json"}, odd_rank=5)
+    )
+    assert result.passes > 0
+
+
+@pytest.mark.parametrize("kind", ["rank frozen", "clock jump"])
+@pytest.mark.parametrize("stage", [Stage.FETCH, Stage.AGREE, Stage.COMMIT])
+def test_a_process_that_was_stopped_for_long_serves_on(kind: str, stage: Stage) -> None:
+    for seed in range(4):
+        result = simulate(replace(CALM, seed=seed, faults=(FaultPlan(kind, 3, 3, stage),)))
+        assert result.violations == []
+        assert result.recovered
+
+
+@pytest.mark.parametrize("tolerates", [False, True])
+def test_when_a_rank_dies_the_others_serve_on_or_all_end(tolerates: bool) -> None:
+    death = FaultPlan("rank dead", 4, 3, Stage.COMMIT)
+    result = simulate(replace(CALM, faults=(death,), tolerates_death=tolerates, keeps_files=True))
+    assert result.violations == []
+    assert (result.passes > CALM.quiet_step) == tolerates
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_seeds_of_every_kind_keep_every_rule(first: int) -> None:
+    for seed in range(first, first + 10):
+        assert simulate(draw_scenario(seed, 8)).violations == [], f"seed {seed}"
+
+
+def test_the_command_replays_a_seed() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "eplb_platform.testing.cluster",
+        "--seed",
+        "3",
+        "--ranks",
+        "8",
+        "--trace",
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "commit 0 after pass" in shown
+    assert "wrong tokens: 0" in shown
