@@ -96,7 +96,7 @@ class ExpertComputeProfiler:
 
     @property
     def overhead_ms(self) -> float:
-        """What the profiler itself took so far, on the calling thread."""
+        """Processor time that the profiler itself took so far, on the calling threads."""
         return self._overhead_ns / 1e6
 
     @property
@@ -142,7 +142,7 @@ class ExpertComputeProfiler:
         """
         if not self.should_profile_this_pass():
             return
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         if not (0 <= layer_idx < self.num_layers and 0 <= expert_idx < self.num_logical_experts):
             raise ValueError(
                 f"layer {layer_idx}, expert {expert_idx}: expected below {self.num_layers} and "
@@ -156,7 +156,7 @@ class ExpertComputeProfiler:
 
         with self._lock:
             self._measured(execution_time_ms, start_event, end_event, timer, add)
-        self.count_overhead(time.perf_counter_ns() - started)
+        self.count_overhead(time.thread_time_ns() - started)
 
     def profile_grouped_execution(
         self,
@@ -176,7 +176,7 @@ class ExpertComputeProfiler:
         """
         if not self.should_profile_this_pass():
             return
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         tokens = np.array(num_tokens, dtype=np.float64)
         if not 0 <= layer_idx < self.num_layers or tokens.shape != (self.num_logical_experts,):
             raise ValueError(
@@ -194,7 +194,7 @@ class ExpertComputeProfiler:
 
         with self._lock:
             self._measured(execution_time_ms, start_event, end_event, timer, add)
-        self.count_overhead(time.perf_counter_ns() - started)
+        self.count_overhead(time.thread_time_ns() - started)
 
     def profile_pass(
         self, experts: NDArray[np.int64], num_tokens: NDArray[np.int64], milliseconds: _Floats
@@ -205,7 +205,7 @@ class ExpertComputeProfiler:
         where it was not timed; and its time. Whether the pass is one to measure is for the caller to ask.
         Raises ValueError for arrays of other shapes.
         """
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         with self._lock:
             if self._block is None or not self._block.is_of(experts):
                 self._fold_block()
@@ -213,7 +213,7 @@ class ExpertComputeProfiler:
             self._block.add(num_tokens, milliseconds)
             if self._block.is_full:
                 self._fold_block()
-        self.count_overhead(time.perf_counter_ns() - started)
+        self.count_overhead(time.thread_time_ns() - started)
 
     def profile_grouped_pass(
         self, experts: NDArray[np.int64], num_tokens: NDArray[np.int64], milliseconds: _Floats
@@ -223,7 +223,7 @@ class ExpertComputeProfiler:
         experts, num_tokens: [layers, slots] as of `profile_pass`; milliseconds: [layers], 0 where a layer was
         not timed. See `profile_grouped_execution`.
         """
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         with self._lock:
             if self._grouped_block is None or not self._grouped_block.is_of(experts):
                 self._fold_grouped_block()
@@ -231,7 +231,7 @@ class ExpertComputeProfiler:
             self._grouped_block.add(num_tokens, milliseconds)
             if self._grouped_block.is_full:
                 self._fold_grouped_block()
-        self.count_overhead(time.perf_counter_ns() - started)
+        self.count_overhead(time.thread_time_ns() - started)
 
     def count_overhead(self, nanoseconds: int) -> None:
         """Time that measuring took from the thread that runs the model, beyond what is counted here."""

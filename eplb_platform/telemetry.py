@@ -238,7 +238,7 @@ METRICS = (
         _field("expert_compute_s"), by_rank=True,
     ),
     Metric(
-        "profiling_seconds", Kind.COUNTER, "Seconds that timing them took from the forward thread.",
+        "profiling_seconds", Kind.COUNTER, "Processor seconds that timing them took on the forward thread.",
         _field("profiling_s"), by_rank=True,
     ),
     Metric(

@@ -56,7 +56,7 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
 
     from eplb_platform.demo.display import Display
     from eplb_platform.demo.picture import draw
-    from eplb_platform.demo.report import LEGEND, table
+    from eplb_platform.demo.report import LEGEND, table, unequal_legend, unequal_table
     from eplb_platform.demo.report import as_json as result_as_json
     from eplb_platform.demo.run import log_path, run_demo
 
@@ -64,7 +64,7 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     errors = Console(stderr=True)
-    with Display(errors, settings.options.ranks, settings.options.steps) as display:
+    with Display(errors, settings.options.ranks) as display:
         result = run_demo(settings, display)
     if not log.stat().st_size:
         log.unlink()
@@ -74,9 +74,11 @@ def _run(settings: CheckedSettings, as_json: bool) -> int:
     else:
         Console().print(table(result))
         print(LEGEND)
+        Console().print(unequal_table(result))
+        print(unequal_legend(result))
         print(f"tokens identical in all phases: {'no' if result.different_tokens else 'yes'}")
         print(f"picture: {settings.options.picture}   map: {settings.options.expert_map_record_path}")
-    for phase in result.phases.values():
+    for phase in [*result.phases.values(), *result.unequal.values()]:
         if phase.failed_cycles:
             print(
                 f"eplb: demo: phase {phase.name}: {phase.failed_cycles} cycles failed ({log})",

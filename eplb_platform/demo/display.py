@@ -17,10 +17,10 @@ from eplb_platform.demo.messages import Progress as RankProgress
 class Display:
     """One line for each phase: how far it is, how balanced the latest forward passes were, what has moved."""
 
-    def __init__(self, console: Console, num_ranks: int, steps: int) -> None:
+    def __init__(self, console: Console, num_ranks: int) -> None:
         self._console = console
         self._num_ranks = num_ranks
-        self._steps = steps
+        self._steps: dict[str, int] = {}
         self._tasks: dict[str, TaskID] = {}
         self._loads: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
         self._bars = Progress(
@@ -41,8 +41,9 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def begin(self, phase: str) -> None:
-        self._tasks[phase] = self._bars.add_task(phase, total=self._steps, state="starting the ranks")
+    def begin(self, phase: str, steps: int) -> None:
+        self._steps[phase] = steps
+        self._tasks[phase] = self._bars.add_task(phase, total=steps, state="starting the ranks")
         if not self._console.is_terminal:
             self._console.print(f"phase {phase} ...")
 
@@ -60,4 +61,4 @@ class Display:
         self._bars.update(self._tasks[phase], completed=progress.step, state=state)
 
     def end(self, phase: str) -> None:
-        self._bars.update(self._tasks[phase], completed=self._steps)
+        self._bars.update(self._tasks[phase], completed=self._steps[phase])

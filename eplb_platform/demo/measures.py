@@ -27,6 +27,10 @@ class PhaseLoad:
         """Mean over the forward passes from `step` on of the mean over layers."""
         return float(self.balancedness[step:].mean())
 
+    def mean_until(self, step: int) -> float:
+        """The same over the forward passes before `step`; over all where there are none."""
+        return float((self.balancedness[:step] if step else self.balancedness).mean())
+
     def worst_layer_from(self, step: int) -> float:
         """Mean over the forward passes from `step` on of the layer where that mean is lowest."""
         return float(self.balancedness[step:].mean(axis=0).min())

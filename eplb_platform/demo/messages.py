@@ -31,6 +31,8 @@ class Orders:
     """As the engine would be given it; None serves without a balancer."""
     batches: tuple[RankBatch, ...]
     log: Path
+    repeats: NDArray[np.int64] | None = None
+    """[layers, logical], how often each expert does its work; None for once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class RankResult:
     """[forwards, layers, ranks]: tokens that this rank sent to each rank's experts."""
     forward_ms: NDArray[np.float64]
     stats: BalancerStats | None
+    expert_ms: NDArray[np.float64] | None = None
+    """[2, layers]: what this rank's experts took before the first commit, and from it on."""
 
 
 @dataclass(frozen=True)

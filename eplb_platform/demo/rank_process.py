@@ -29,9 +29,14 @@ from eplb_platform.demo.measures import load_by_rank
 from eplb_platform.demo.messages import Failure, Orders, Progress, RankResult
 from eplb_platform.demo.schedule import RankBatch
 from eplb_platform.demo.serving import serve
+from eplb_platform.demo.unequal_experts import RepeatingMoe, give_repeats
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
-from eplb_platform.integrations.transformers import ExpertParallelModel, load_expert_parallel
+from eplb_platform.integrations.transformers import (
+    ExpertParallelModel,
+    ExpertParallelMoe,
+    load_expert_parallel,
+)
 from eplb_platform.runtime import Balancer, start_balancer
 from eplb_platform.runtime.stats import BalancerStats
 from eplb_platform.topology import Topology
@@ -96,6 +101,8 @@ def _serve_phase(orders: Orders, reports: Connection) -> RankResult:
     )
     backend = load_backend(orders.backend)
     model = _load_model(orders, config, backend)
+    if orders.repeats is not None:
+        give_repeats(model, orders.repeats)
     _warm_up(model, orders.batches[0])
     balancer = None if config is None else start_balancer(config, model, backend, store, orders.rank)
     reporter = Reporter(orders.num_ranks, balancer, reports)
@@ -105,7 +112,8 @@ def _serve_phase(orders: Orders, reports: Connection) -> RankResult:
     dist.barrier()
     dist.destroy_process_group()
     load = load_by_rank(served.load, orders.num_ranks)
-    return RankResult(served.tokens, load, served.forward_ms, balancer.stats if balancer else None)
+    stats = balancer.stats if balancer else None
+    return RankResult(served.tokens, load, served.forward_ms, stats, reporter.expert_ms_by_commit())
 
 
 def _load_model(orders: Orders, config: EplbConfig | None, backend: Backend) -> ExpertParallelModel:
@@ -122,6 +130,7 @@ def _load_model(orders: Orders, config: EplbConfig | None, backend: Backend) -> 
         backend=backend,
         expert_map=expert_map,
         num_redundant_experts=orders.redundant_experts,
+        moe_class=ExpertParallelMoe if orders.repeats is None else RepeatingMoe,
     )
 
 
@@ -135,6 +144,7 @@ class Reporter:
 
     def __init__(self, num_ranks: int, balancer: Balancer | None, reports: Connection) -> None:
         self._num_ranks = num_ranks
+        self._before_commit: NDArray[np.float64] | None = None
         self._balancer = balancer
         self._reports = reports
         self._step = 0
@@ -143,10 +153,23 @@ class Reporter:
     def after_forward(self, load: NDArray[np.int64], phase: Phase) -> None:
         if self._balancer is not None:
             self._balancer.step(load, phase=phase)
+            if self._before_commit is None and self._balancer.stats.commits:
+                self._before_commit = self._expert_ms()
         self._step += 1
         self._recent.append(load)
         if len(self._recent) == REPORT_EVERY:
             self._report()
+
+    def expert_ms_by_commit(self) -> NDArray[np.float64] | None:
+        """[2, layers], before the first commit and after it; None where nothing was timed."""
+        whole = self._expert_ms()
+        if whole is None or self._before_commit is None:
+            return None
+        return np.stack([self._before_commit, whole - self._before_commit])
+
+    def _expert_ms(self) -> NDArray[np.float64] | None:
+        profiling = None if self._balancer is None else self._balancer.profiling
+        return None if profiling is None else np.asarray(profiling.profiler.get_totals()[0].sum(axis=1))
 
     def _report(self) -> None:
         load = load_by_rank(np.stack(self._recent), self._num_ranks)

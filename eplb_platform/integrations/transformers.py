@@ -170,6 +170,11 @@ class ExpertParallelMoe(nn.Module):
         self._profiling: ComputeProfiling | None = None
         self._layer = 0
 
+    @property
+    def expert_weights(self) -> list[torch.Tensor]:
+        """All that belongs to the experts of this rank's slots, [slots, ...] each."""
+        return [self.gate_up, self.down]
+
     def measure_with(self, profiling: ComputeProfiling, layer: int) -> None:
         """Time the experts as this layer of the expert map, in the passes that `profiling` measures."""
         self._profiling, self._layer = profiling, layer
@@ -305,6 +310,11 @@ class ExpertParallelModel:
         return self.module.config
 
     @property
+    def blocks(self) -> tuple[ExpertParallelMoe, ...]:
+        """The MoE layers, in the order of the expert map's."""
+        return self._blocks
+
+    @property
     def rank(self) -> int:
         """This rank in the group that shares the experts."""
         return self._blocks[0].group.rank
@@ -312,7 +322,7 @@ class ExpertParallelModel:
     @property
     def expert_weights(self) -> list[list[torch.Tensor]]:
         """[layer][gate and up, down]: [slots, 2 * intermediate, hidden] and [slots, hidden, intermediate]."""
-        return [[block.gate_up, block.down] for block in self._blocks]
+        return [block.expert_weights for block in self._blocks]
 
     @property
     def expert_map(self) -> ExpertMap:
@@ -391,6 +401,7 @@ def load_expert_parallel(
     num_nodes: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    moe_class: type[ExpertParallelMoe] = ExpertParallelMoe,
 ) -> ExpertParallelModel:
     """Load one rank's part of a Qwen3-MoE checkpoint folder.
 
@@ -399,6 +410,7 @@ def load_expert_parallel(
     expert_map: weights are read right into its places; without one the experts lie contiguously, with
         `num_redundant_experts` replicas behind them.
     device: where the weights lie; without one, the backend's device.
+    moe_class: what the MoE layers become, for experts that compute in another way.
 
     Raises CheckpointError (a ValueError) when the folder is no Qwen3-MoE checkpoint or lacks something, and
     ValueError for an expert map that does not fit the model or the group.
@@ -419,7 +431,7 @@ def load_expert_parallel(
         for index, layer in enumerate(moe_layers):
             gate_shape = (config.num_experts, config.hidden_size)
             gate = files.read(f"model.layers.{layer}.mlp.gate.weight", gate_shape).to(target, dtype)
-            block = ExpertParallelMoe(config, gate, *weights[index], experts, backend, offset=rank)
+            block = moe_class(config, gate, *weights[index], experts, backend, offset=rank)
             module.model.layers[layer].mlp = block
             blocks.append(block)
     module.train(False)

@@ -350,6 +350,8 @@ class Balancer:
         if not await self._background.close(self._rules.timeout_s):
             logger.warning("rank %d: the background thread is still in %s", self._link.rank, self.state)
         self._close_trace()
+        if self._profiling is not None:
+            self._account_profiling(self._profiling)
         if self._on_close is not None:
             self._on_close()
 
@@ -772,16 +774,19 @@ class Balancer:
     def _account_compute_time(self, report: CycleReport) -> None:
         if self._profiling is None:
             return
-        stats, profiling = self.stats, self._profiling
         if report.time_balancedness is not None:
-            stats.time_balancedness = float(report.time_balancedness.mean())
+            self.stats.time_balancedness = float(report.time_balancedness.mean())
+        self._account_profiling(self._profiling)
+        if report.cost_error:
+            self._report_failed_record(f"cycle {report.number}", "compute cost", report.cost_error)
+
+    def _account_profiling(self, profiling: ComputeProfiling) -> None:
+        stats = self.stats
         stats.profiled_passes = profiling.measured_passes
         stats.profiled_experts = profiling.measured_share
         stats.expert_compute_s = profiling.measured_ms / 1e3
         stats.profiling_s = profiling.profiler.overhead_ms / 1e3
         stats.compute_cost_residual = profiling.residual
-        if report.cost_error:
-            self._report_failed_record(f"cycle {report.number}", "compute cost", report.cost_error)
 
     def _log_balancedness(self, step: int, report: CycleReport) -> None:
         """What vLLM's line of that name says of a step, summed over layers, for a collection of steps."""

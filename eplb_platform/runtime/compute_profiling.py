@@ -83,11 +83,11 @@ class ComputeProfiling:
 
     def time_with(self, make: Callable[[], PassTimers], timer: DeviceTimer) -> None:
         """The model's timers; `timer`, one of them, is tried here to know what timing itself costs."""
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         for _ in range(CALIBRATION_RUNS):
             timer.start()
             timer.stop()
-        self._timer_ns = (time.perf_counter_ns() - started) / CALIBRATION_RUNS
+        self._timer_ns = (time.thread_time_ns() - started) / CALIBRATION_RUNS
         self._make = make
 
     def begin_pass(self, expert_map: ExpertMap) -> None:
@@ -95,14 +95,14 @@ class ComputeProfiling:
         self.profiler.on_forward_pass_start()
         if self._make is None or not self.profiler.should_profile_this_pass():
             return
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         timers = self._take_timers()
         if timers is None:
             self.profiler.count_dropped()
         else:
             self.current = timers
             self.follow(expert_map)
-        self.profiler.count_overhead(time.perf_counter_ns() - started)
+        self.profiler.count_overhead(time.thread_time_ns() - started)
 
     def follow(self, expert_map: ExpertMap) -> None:
         """The next pass runs by this map, whatever was said when it began."""
@@ -117,7 +117,7 @@ class ComputeProfiling:
         """The forward pass has ended on this thread; take what the device has finished."""
         if self.current is None and not self._in_flight:
             return
-        started = time.perf_counter_ns()
+        started = time.thread_time_ns()
         counted = self.profiler.overhead_ms
         if self.current is not None:
             self.current.end()
@@ -129,7 +129,7 @@ class ComputeProfiling:
             self.measured_passes += 1
             self.measured_ms += spent
             self.profiler.count_overhead(int(timers.num_timers * self._timer_ns))
-        took = time.perf_counter_ns() - started
+        took = time.thread_time_ns() - started
         # What the profiler has counted of itself meanwhile is part of it.
         already = int((self.profiler.overhead_ms - counted) * NS_PER_MS)
         self.profiler.count_overhead(max(0, took - already))

@@ -237,7 +237,7 @@ def _warn_of_keys_without_effect(config: EplbConfig) -> None:
     """Of compute cost: measured, it counts with every algorithm; not measured, with none."""
     if config.enable_expert_compute_profiling:
         if config.compute_cost_alpha == 0:
-            logger.warning(
+            logger.info(
                 "eplb_config.compute_cost_alpha is 0: compute time is measured, tokens alone count"
             )
         elif config.algorithm == RandomPlacement.name:

@@ -53,7 +53,7 @@ class BalancerStats:
     expert_compute_s: float = 0.0
     """What this rank's experts took in those passes."""
     profiling_s: float = 0.0
-    """What timing them took from the forward thread."""
+    """Processor time that timing them took on the forward thread."""
     compute_cost_residual: float | None = None
     """Of grouped kernels: the part of the time that the fitted costs leave unexplained; else None."""
     last_error: str = ""

@@ -19,8 +19,16 @@ from eplb_platform.demo.measures import load_by_rank, total_load
 from eplb_platform.demo.messages import Progress, RankResult
 from eplb_platform.demo.picture import draw
 from eplb_platform.demo.processes import RankFailed
-from eplb_platform.demo.report import as_json, table
-from eplb_platform.demo.run import PHASES, DemoResult, eplb_config, run_demo, summarise
+from eplb_platform.demo.report import as_json, table, unequal_legend, unequal_table
+from eplb_platform.demo.run import (
+    PHASES,
+    DemoResult,
+    beginning,
+    costly_experts,
+    eplb_config,
+    run_demo,
+    summarise,
+)
 from eplb_platform.demo.schedule import Text, plan_serving
 from eplb_platform.demo.settings import CheckedSettings, DemoSettings, Serving, check
 from eplb_platform.expert_map import ExpertMap
@@ -266,6 +274,43 @@ def test_balancedness_counts_from_the_first_commit_on(folder: Path) -> None:
     assert (numbers["forward_ms_median"], numbers["forward_ms_max"]) == (2.5, 4.0)
 
 
+def with_unequal(found: DemoResult, by_tokens: float, by_time: float) -> DemoResult:
+    """Two ranks' experts took these parts of the hottest rank's time on the other rank."""
+    unequal = {}
+    for name, other in (("by tokens", by_tokens), ("by time", by_time)):
+        ranks = phase(name, [[2, 2]] * 2, first_commit=1)
+        times = (1.0, 2 * other - 1)  # mean / max is `other`
+        timed = [
+            replace(of_rank, expert_ms=np.full((2, 4), spent))
+            for of_rank, spent in zip(ranks, times, strict=True)
+        ]
+        unequal[name] = summarise(name, timed)
+    return replace(found, unequal=unequal)
+
+
+def test_time_that_is_not_better_balanced_by_time_is_a_fault(folder: Path) -> None:
+    found = with_unequal(result(folder), by_tokens=0.7, by_time=0.95)
+    assert found.faults == []
+    numbers = as_json(found)["unequal_experts"]["by time"]  # type: ignore[index]
+    assert numbers["time_balancedness"] == pytest.approx(0.95, abs=1e-4)
+    shown = [list(column.cells) for column in unequal_table(found).columns]
+    assert shown[0] == ["not yet", "by tokens", "by time"] and shown[2] == ["0.700", "0.700", "0.950"]
+    assert "one expert in 8" in unequal_legend(found)
+    worse = with_unequal(result(folder), by_tokens=0.8, by_time=0.75)
+    assert worse.faults == ["balancing by time did not raise its balancedness: 0.750, by tokens 0.800"]
+    worse.unequal["by time"].tokens[1][0] += 1
+    assert worse.different_tokens == ["by time"]
+
+
+def test_costly_experts_are_drawn_by_the_seed(folder: Path) -> None:
+    repeats = costly_experts(check(settings()))
+    assert repeats.shape == (4, 64) and (np.sort(repeats, axis=1)[:, 56:] == 8).all()
+    assert (repeats == 1).sum() == 4 * 56
+    np.testing.assert_array_equal(repeats, costly_experts(check(settings())))
+    part = beginning(plan_serving(texts(3), ranks=2, steps=480, serving=Serving(), seed=0), check(settings()))
+    assert part.steps == sum(batch.forwards for batch in part.batches) and 240 <= part.steps < 480
+
+
 def test_json_and_table_name_every_phase_and_the_picture_is_drawn(folder: Path) -> None:
     from rich.console import Console
 
@@ -302,7 +347,7 @@ def test_a_map_of_an_earlier_run_is_not_served_as_the_recorded_one(
 class Silence:
     """An observer that says nothing."""
 
-    def begin(self, phase: str) -> None: ...
+    def begin(self, phase: str, steps: int) -> None: ...
 
     def update(self, phase: str, rank: int, progress: Progress) -> None: ...
 
