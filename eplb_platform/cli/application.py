@@ -17,7 +17,6 @@ from eplb_platform.cli import BAD_INPUT
 
 application = typer.Typer(
     name="eplb",
-    help="Expert parallelism load balancing for mixture-of-experts models.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -64,7 +63,19 @@ FormatOption = Annotated[
 
 @application.callback()
 def eplb() -> None:
-    """Expert parallelism load balancing for mixture-of-experts models."""
+    """Expert parallelism load balancing for mixture-of-experts models.
+
+    \b
+    From recorded load (of SGLang, TensorRT-LLM, vLLM with this plugin) to a deployed map:
+      eplb report DUMP --ep-size 16             how unbalanced is it?
+      eplb advise DUMP --memory 48              what to deploy, and why
+      eplb plan DUMP --ep-size 16 --num-slots 272 -o map.json
+      eplb report LATER --map map.json          what the map does on other load
+      eplb validate map.json --ep-size 16       is it sound, and for this engine?
+    vllm-ascend, and vLLM with this plugin, serve with it by
+      --additional-config '{"eplb_config": {"expert_map_path": "map.json"}}'
+    and `eplb convert map.json -o map.yaml` makes it one for another engine.
+    """
 
 
 @application.command()
@@ -109,9 +120,14 @@ def validate(
     format: FormatOption = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print every fault of an expert map, or the first one of recorded load.
+    """List every fault of a map, or the first of a record.
 
     One line for each fault, with its place in the file; exit code 2 when there is one.
+
+    \b
+    Example: eplb validate map.json --ep-size 16 --experts 256 --layers 58
+    Next:    start the engine with the map (expert_map_path in eplb_config for vllm-ascend
+             and vLLM, --init-expert-location for SGLang, moe_load_balancer for TensorRT-LLM)
     """
     from eplb_platform.cli.validation import check
 
@@ -128,7 +144,13 @@ def validate(
 def plan(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded load, of any engine.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="MAP", help="Where the map goes (.json).")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="MAP",
+            help="The map: .json (vllm-ascend, vLLM), .yaml (TensorRT-LLM), .pt (SGLang).",
+        ),
     ],
     ep_size: Annotated[
         int | None, typer.Option(min=1, help="The number of ranks.", show_default="that of --current")
@@ -138,7 +160,7 @@ def plan(
         typer.Option(min=1, help="Physical experts of all ranks.", show_default="those of --current"),
     ] = None,
     num_nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks stand on.")] = 1,
-    num_expert_groups: Annotated[int, typer.Option(min=1, help="Expert groups of the model's router.")] = 1,
+    num_expert_groups: ExpertGroups = 1,
     algorithm: Annotated[
         str | None, typer.Option(help="The algorithm that plans.", show_default="the library's default")
     ] = None,
@@ -169,10 +191,15 @@ def plan(
     ] = "none",
     as_json: AsJson = False,
 ) -> None:
-    """Plan an expert map from load traces.
+    """Plan an expert map from recorded load.
 
     Prints the balancedness of each layer before and after, the most that any map could have, and the experts
     that a rank must newly receive; without --current, against the layout that engines start with.
+
+    \b
+    Example: eplb plan dump.pt --ep-size 16 --num-slots 272 -o map.json
+             272 slots are 256 experts and 16 redundant ones, 17 on each rank
+    Next:    eplb report later.pt --map map.json, on load that was not planned on
     """
     from eplb_platform.cli.planning import Request, make_plan
 
@@ -203,7 +230,7 @@ def plan(
 
 @application.command()
 def report(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")],
+    trace: Trace,
     ep_size: Annotated[
         int | None,
         typer.Option(
@@ -222,10 +249,14 @@ def report(
     plot: Annotated[Path | None, typer.Option(metavar="PICTURE", help="Write a picture (.png).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Report what recorded load says, in the layout that engines start with and under any number of maps.
+    """Report how unbalanced recorded load is.
 
-    Per layer: mean, standard deviation and imbalance ratio of the rank loads, balancedness, hottest experts,
-    drift over time; phases apart.
+    In the layout that engines start with, and under any number of maps. Per layer: mean, standard deviation
+    and imbalance ratio of the rank loads, balancedness, hottest experts, drift over time; phases apart.
+
+    \b
+    Example: eplb report dump.pt --ep-size 16 --map map.json --html report.html
+    Next:    eplb advise dump.pt, or eplb plan dump.pt for a map
     """
     from eplb_platform.cli.reporting import Request, make
 
@@ -275,10 +306,15 @@ def convert(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a map or recorded load to another engine's format.
+    """Convert maps and recorded load between engines.
 
     vllm-ascend and vLLM hold MoE layers only; TensorRT-LLM numbers them as in the model; SGLang has a row for
     every layer, dense ones too.
+
+    \b
+    Example: eplb convert location.pt --ep-size 16 --first-moe-layer 3 -o map.json
+             (DeepSeek's map of SGLang, with rows for 3 dense layers, for vllm-ascend)
+    Next:    eplb validate map.json --ep-size 16
     """
     from eplb_platform.cli.converting import Request
     from eplb_platform.cli.converting import convert as do
@@ -295,15 +331,20 @@ def convert(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="MAP", help="An expert map, of any engine.")],
     second: Annotated[Path, typer.Argument(metavar="MAP", help="The map to compare it with.")],
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")],
+    trace: Trace,
     ep_size: Annotated[
         int | None, typer.Option(min=1, help="The number of ranks, for maps that do not say it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two expert maps under the same recorded load, layer by layer.
+    """Compare two expert maps under the same load.
 
-    Imbalance ratio, balancedness, and the experts that ranks must receive to go from the first to the second.
+    Layer by layer: imbalance ratio, balancedness, and the experts that ranks must receive to go from the
+    first to the second.
+
+    \b
+    Example: eplb compare old.json map.json later.pt
+    Next:    eplb validate map.json, and deploy it
     """
     from eplb_platform.cli.comparing import compare as do
 
@@ -356,14 +397,16 @@ def simulate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replay recorded load through the real balancer, in simulated time.
+    """Replay recorded load through the balancer.
+
+    The balancer is the one that serves; time is simulated.
 
     For each algorithm: balancedness of every forward pass on load that its map had not seen, experts and
     bytes moved, waits, and an estimate of step time and throughput on the given hardware.
 
+    \b
     Example: eplb simulate dump.pt --ep-size 32 --redundant-experts 32 --algorithm adaptive,deepseek
-
-    Next: eplb advise, which searches for the numbers that are given here.
+    Next:    eplb advise dump.pt, which searches for the numbers that are given here
     """
     from rich.console import Console
 
@@ -420,14 +463,14 @@ def advise(
     iter_range: IterRange = None,
     as_json: AsJson = False,
 ) -> None:
-    """Advise what to deploy for recorded load, with the reasons and what to paste.
+    """Advise what to deploy for recorded load, and why.
 
-    EP size, redundant experts, hierarchical or global placement, a static map or balancing while serving and
-    how often. Planned on the first half of the steps, judged on the second.
+    With what is to be pasted: EP size, redundant experts, hierarchical or global placement, a static map or
+    balancing while serving and how often. Planned on the first half of the steps, judged on the second.
 
+    \b
     Example: eplb advise dump.pt --memory 48 --ep-size 16,32 --hardware h100
-
-    Next: eplb simulate, for the chosen numbers in detail, or the commands that this one prints.
+    Next:    the commands that it prints, or eplb simulate for the chosen numbers in detail
     """
     from rich.console import Console
 
