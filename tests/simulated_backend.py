@@ -38,7 +38,7 @@ class SimulatedBackend(AcceleratorBackend):
 
     def _new_device_group(self, store: Store) -> DeviceGroup:
         assert isinstance(self.streams, SimulatedStreams)
-        return SimulatedCollective(self.streams, store, *self._place)
+        return SimulatedCollective(self.streams, store, self._place[0])
 
 
 class SimulatedCollectiveBackend(SimulatedBackend):

@@ -99,7 +99,13 @@ class Migrator:
         self._weights = [[_detached(parameter) for parameter in parameters] for parameters in expert_weights]
         self._prepared: tuple[_Arrivals, PreparedExchange] | None = None
         self._staged: tuple[_Arrivals, object] | None = None
-        # What the forward stream did to the weights until now, their loading included, precedes any fetch.
+        self.note_weights()
+
+    def note_weights(self) -> None:
+        """What the forward stream did to the weights until now, their loading included, precedes any fetch.
+
+        Forward thread and stream, while no `fetch` runs. Raises RuntimeError while a graph is captured.
+        """
         self._swapped = self._backend.streams.record()
 
     def fetch(self, chunk: Chunk) -> None:

@@ -690,6 +690,8 @@ class Balancer:
         self._wish_to_end = ""
 
     def _start_cycle(self) -> None:
+        if self._migrator is not None:
+            self._migrator.note_weights()
         self._is_requested = False
         self._last_start = self.stats.steps
         number, self._next_cycle = self._next_cycle, self._next_cycle + 1
