@@ -43,6 +43,10 @@ class ModelStatus(_Validated):
     map_age_s: float
     last_cycle_age_s: float | None
     step_running_s: float
+    stage_running_s: float
+    waits_at: Annotated[str, Field(max_length=1024)]
+    waits_for: Annotated[list[_Count], Field(max_length=64)]
+    stalls: _Count
     steps: _Count
     moved_cycles: _Count
     stayed_cycles: _Count

@@ -208,6 +208,19 @@ METRICS = (
         "snapshot_age_seconds", Kind.GAUGE, "Seconds since the rank was last heard of.",
         lambda seen: {(): seen.age_s}, by_rank=True,
     ),
+    Metric(
+        "stage_running_seconds", Kind.GAUGE, "Seconds since the cycle entered its stage; 0 when idle.",
+        _field("stage_running_s"), by_rank=True,
+    ),
+    Metric(
+        "waiting_for_rank", Kind.GAUGE, "1 for each rank that this one has waited for longer than a second.",
+        lambda seen: {(str(rank),): 1 for rank in seen.status.waits_for},
+        own_labels=("missing_rank",), by_rank=True,
+    ),
+    Metric(
+        "stalls", Kind.COUNTER, "Reports that a stage did not get on within the transfer time-out.",
+        _field("stalls"), by_rank=True,
+    ),
     Metric("steps", Kind.COUNTER, "Forward passes, dummy passes included.", _field("steps"), by_rank=True),
     Metric(
         "received_bytes", Kind.COUNTER, "Bytes of expert weights received from other ranks.",

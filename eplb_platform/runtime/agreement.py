@@ -15,11 +15,16 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from eplb_platform.runtime.ports import Clock, ControlPlane
+from eplb_platform.runtime.watchdog import Waiting
 
 logger = logging.getLogger(__name__)
 
 FIRST_POLL_S = 0.0005
 SLOWEST_POLL_S = 0.01
+LOOK_WHO_S = 1.0
+"""A rank that waits longer looks who is missing."""
+LOOKED_FOR = 32
+"""Ranks that one rank looks for."""
 
 
 class CycleAborted(RuntimeError):
@@ -66,6 +71,7 @@ class Agreement:
     scope: keeps the places of this one apart from others': `cycle/7`
     ranks: who takes part, ascending
     is_ending: says why this rank wants the undertaking to end now, or nothing
+    on_wait: is told now and then who is missing, while this rank waits long, and None when it goes on
     """
 
     def __init__(
@@ -77,7 +83,9 @@ class Agreement:
         rank: int,
         ranks: Sequence[int],
         is_ending: Callable[[], str] = str,
+        on_wait: Callable[[Waiting | None], None] | None = None,
     ) -> None:
+        self._on_wait = on_wait
         self._plane = plane
         self._clock = clock
         self._prefix = scope
@@ -157,14 +165,29 @@ class Agreement:
         self, key: str, place: str, timeout_s: float | None, is_ending: Callable[[], str]
     ) -> int:
         started, pause = self._clock.now(), FIRST_POLL_S
+        next_look = started + LOOK_WHO_S
         while (verdict := await self._plane.read(key)) is None:
+            if self._on_wait is not None and self._clock.now() > next_look:
+                self._on_wait(Waiting(key, await self._missing(key)))
+                next_look = self._clock.now() + max(LOOK_WHO_S, self._clock.now() - started)
             ending = await self._ending(place, started, timeout_s, is_ending())
             if ending is not None:
                 verdict = await self._plane.settle(key, ending)
                 break
             await self._clock.sleep(pause)
             pause = min(pause * 1.5, SLOWEST_POLL_S)
+        if self._on_wait is not None and next_look > started + LOOK_WHO_S:
+            self._on_wait(None)
         return self._act_on(verdict)
+
+    async def _missing(self, key: str) -> list[int]:
+        """The ranks that have made no offer, of the first and those behind this one: so all are looked for by
+        some.
+        """
+        own = self._ranks.index(self._rank)
+        behind = [self._ranks[(own + step) % len(self._ranks)] for step in range(1, LOOKED_FOR)]
+        looked_for = sorted({self._ranks[0], *behind} - {self._rank})
+        return [rank for rank in looked_for if await self._plane.read(f"{key}/{rank}") is None]
 
     async def _ending(self, place: str, started: float, timeout_s: float | None, wish: str) -> str | None:
         """The verdict that this rank would write for the place now, if any."""

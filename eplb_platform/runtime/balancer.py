@@ -34,6 +34,7 @@ from eplb_platform.runtime.resizing import Resizing
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.stats import BalancerStats
 from eplb_platform.runtime.step_loads import StepLoads
+from eplb_platform.runtime.watchdog import Progress, Waiting
 from eplb_platform.runtime.weighting import RoutingTables
 from eplb_platform.topology import Topology
 
@@ -146,6 +147,8 @@ class Balancer:
         self._cost_recorder = cost_recorder
         self._on_close = on_close
         self._stage: Stage | None = None
+        self._stage_since = 0.0
+        self._waiting: Waiting | None = None
         self._map_since = link.clock.now()
         self._last_cycle_end: float | None = None
         self._step_started: float | None = None
@@ -385,9 +388,11 @@ class Balancer:
 
         map_age_s: since the map in force was committed, or since the start; last_cycle_age_s: since a cycle
         ended, None before the first; step_running_s: since the forward thread entered the `step` that it is
-        in, or stopped in; 0 outside.
+        in, or stopped in; 0 outside. stage_running_s: since the running cycle entered its stage; waits_at,
+        waits_for: where it has waited long, and the ranks that are missing there.
         """
         now, step_started = self._link.clock.now(), self._step_started
+        waiting = self._waiting
         return {
             "rank": self._link.rank,
             "state": self.state,
@@ -395,6 +400,9 @@ class Balancer:
             "map_age_s": now - self._map_since,
             "last_cycle_age_s": None if self._last_cycle_end is None else now - self._last_cycle_end,
             "step_running_s": 0.0 if step_started is None else now - step_started,
+            "stage_running_s": 0.0 if self._stage is None else max(0.0, now - self._stage_since),
+            "waits_at": "" if waiting is None else waiting.place,
+            "waits_for": [] if waiting is None else list(waiting.missing),
             **self.stats.as_dict(),
         }
 
@@ -416,6 +424,21 @@ class Balancer:
                 "no compute time is measured: eplb_config.enable_expert_compute_profiling is false"
             )
         return self._profiling
+
+    def progress(self) -> Progress | None:
+        """For the watchdog, from its thread. An engine that makes no passes keeps a cycle in its commit."""
+        now, stage, step_started = self._link.clock.now(), self._stage, self._step_started
+        if step_started is not None and stage is None:
+            return Progress("the forward thread in step", now - step_started)
+        if stage is None or self._is_closed or (stage is Stage.COMMIT and step_started is None):
+            return None
+        what = f"cycle {self._next_cycle - 1}, stage {stage}"
+        return Progress(what, now - self._stage_since, self._waiting)
+
+    def report_stall(self, line: str) -> None:
+        """As `Watched.report_stall`."""
+        self.stats.stalls += 1
+        logger.warning("%s", line)
 
     # --- recording ---
 
@@ -708,6 +731,7 @@ class Balancer:
             tables=self._tables,
             is_ending=self._why_end,
             on_stage=self._enter,
+            on_wait=self._note_waiting,
             costs=self._profiling,
             cost_recorder=self._cost_recorder,
         )
@@ -717,13 +741,17 @@ class Balancer:
         try:
             self._account(await cycle.run())
         finally:
-            self._stage = None
+            self._stage = self._waiting = None
 
     def _why_end(self) -> str:
         return "closing" if self._is_closed else "paused" if self._is_paused else self._wish_to_end
 
+    def _note_waiting(self, waiting: Waiting | None) -> None:
+        self._waiting = waiting
+
     def _enter(self, stage: Stage) -> None:
-        self._stage = stage
+        self._stage_since = self._link.clock.now()
+        self._stage, self._waiting = stage, None
         if self._observe_stage is not None:
             self._observe_stage(stage)
 

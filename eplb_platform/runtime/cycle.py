@@ -38,6 +38,7 @@ from eplb_platform.runtime.ports import (
     Tracer,
 )
 from eplb_platform.runtime.step_loads import StepLoads
+from eplb_platform.runtime.watchdog import Waiting
 from eplb_platform.runtime.weighting import RoutingTables, worth_reweighing
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ class Cycle:
         tables: RoutingTables | None,
         is_ending: Callable[[], str],
         on_stage: Callable[[Stage], None],
+        on_wait: Callable[[Waiting | None], None] | None = None,
         costs: ComputeCosts | None = None,
         cost_recorder: CostRecorder | None = None,
     ) -> None:
@@ -223,6 +225,7 @@ class Cycle:
             rank=link.rank,
             ranks=link.members,
             is_ending=is_ending,
+            on_wait=on_wait,
         )
         self._forward = ForwardAgreement(
             link, self._places, margin_steps=rules.commit_margin_steps, timeout_s=rules.timeout_s

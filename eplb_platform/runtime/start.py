@@ -35,6 +35,7 @@ from eplb_platform.runtime.recording import ComputeCostRecorder, MapRecorder, Tr
 from eplb_platform.runtime.served_model import MeasuredModel, ServedModel, WeightedModel
 from eplb_platform.runtime.step_loads import StepLoads
 from eplb_platform.runtime.store_plane import StoreControlPlane
+from eplb_platform.runtime.watchdog import Watchdog
 from eplb_platform.runtime.weighting import RoutingTables
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def start_balancer(
     )
     with ExitStack() as undo:
         undo.callback(backend.close)
+        closing = ExitStack()
+        closing.callback(backend.close)
         members = model.expert_map.topology.active_ranks
         _connect(backend, PrefixStore(name, store), rank, num_ranks, members, config.transfer_timeout_s)
         migrator = _new_migrator(config, model, backend, rank) if config.moves_experts else None
@@ -127,10 +130,12 @@ def start_balancer(
             background=BackgroundThread(f"{name}-cycle"),
             lend_migrator=lambda: group.lent(_new_migrator(config, model, backend, rank)),
             on_stage=on_stage,
-            on_close=backend.close,
+            on_close=closing.close,
             profiling=_profiling(config, model, backend, rank),
             cost_recorder=_cost_recorder(config),
         )
+        watchdog = Watchdog(balancer, rank, config.transfer_timeout_s, f"{name}-watchdog")
+        closing.callback(watchdog.start())
         undo.pop_all()
     balancer.record_start()
     return balancer

@@ -25,6 +25,8 @@ class BalancerStats:
     commits: int = 0
     invalidations: int = 0
     resizes: int = 0
+    stalls: int = 0
+    """Reports of the watchdog."""
     moved_experts: int = 0
     skipped_layers: int = 0
     bytes_received: int = 0

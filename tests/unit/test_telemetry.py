@@ -40,7 +40,16 @@ def status(**changes: object) -> dict[str, object]:
         expert_compute_s=3.0, profiling_s=0.03, compute_cost_residual=0.05,
     )  # fmt: skip
     ages = {"map_age_s": 30.0, "last_cycle_age_s": 20.0, "step_running_s": 0.0}
-    return {"rank": 0, "state": "idle", "algorithm": "adaptive", **ages, **stats.as_dict(), **changes}
+    waits = {"stage_running_s": 0.0, "waits_at": "", "waits_for": []}
+    return {
+        "rank": 0,
+        "state": "idle",
+        "algorithm": "adaptive",
+        **ages,
+        **waits,
+        **stats.as_dict(),
+        **changes,
+    }
 
 
 def snapshot(rank: int = 0, updated: float = NOW, stage: int = 0, **changes: object) -> dict[str, object]:
