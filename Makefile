@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint unit processes kernels wheel vllm vllm-tests ascend ascend-tests serve bench clean
+.PHONY: help install demo test check audit lint unit processes kernels wheel vllm vllm-tests ascend ascend-tests serve bench clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -47,6 +47,10 @@ unit: $(PROJECT)
 	$(BIN)/python -m pytest -q tests/unit
 
 check: lint unit
+
+# Known vulnerabilities of what is installed; says why where it cannot be known, and fails only for a found one.
+audit: $(PROJECT)
+	$(BIN)/python ci/audit.py
 
 # The compiled kernels as plain Python: what the compiler may hide (an index out of range) raises here.
 kernels: $(PROJECT)

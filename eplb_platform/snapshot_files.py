@@ -42,6 +42,8 @@ class ModelStatus(_Validated):
     algorithm: _Name
     map_age_s: float
     last_cycle_age_s: float | None
+    last_success_age_s: float | None
+    next_cycle_steps: _Count | None
     step_running_s: float
     stage_running_s: float
     waits_at: Annotated[str, Field(max_length=1024)]
@@ -149,11 +151,12 @@ def read_snapshots(folder: Path) -> list[Snapshot]:
 
     Files that are no snapshots, or incomplete, are passed over.
     """
-    read = (_read(path) for path in sorted(folder.glob(f"*{SUFFIX}")))
+    read = (read_snapshot(path) for path in sorted(folder.glob(f"*{SUFFIX}")))
     return [snapshot for snapshot in read if snapshot is not None]
 
 
-def _read(path: Path) -> Snapshot | None:
+def read_snapshot(path: Path) -> Snapshot | None:
+    """The snapshot in one file; None where it is none."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             return None

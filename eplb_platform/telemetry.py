@@ -188,6 +188,14 @@ METRICS = (
         _aged("last_cycle_age_s"),
     ),
     Metric(
+        "last_success_age_seconds", Kind.GAUGE, "Seconds since a cycle ended well; absent before.",
+        _aged("last_success_age_s"),
+    ),
+    Metric(
+        "next_cycle_steps", Kind.GAUGE, "Forward passes until the next cycle; absent where none will come.",
+        _field("next_cycle_steps"),
+    ),
+    Metric(
         "state", Kind.GAUGE, "1 for the state that the balancer is in, 0 for the others.",
         lambda seen: {(str(state),): state == seen.status.state for state in STATES}, own_labels=("state",),
     ),

@@ -101,6 +101,28 @@ def backends(as_json: AsJson = False) -> None:
 
 
 @application.command()
+def status(
+    engine: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENGINE",
+            help="Its metrics (http://host:port/metrics), a state file, or a folder of them.",
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what the balancer of a running engine does, when it last succeeded, and what it waits for."""
+    from eplb_platform.cli.engine_status import lines, read_status
+
+    models = read_status(engine)
+    if as_json:
+        typer.echo(json.dumps([model.as_dict() for model in models]))
+    else:
+        for line in lines(models):
+            typer.echo(line)
+
+
+@application.command()
 def validate(
     map_file: Annotated[
         Path, typer.Argument(metavar="FILE", help="An expert map or recorded load, of any engine.")

@@ -21,14 +21,17 @@ from eplb_platform.records.fault import Fault, RecordError, describe, file_size,
 
 TENSOR = "compute_cost"
 SUFFIXES = (".json", ".npy", ".safetensors")
+MAX_FILE_BYTES = 1 << 28
 
 
 def read(path: str | os.PathLike[str]) -> NDArray[np.float64]:
     """[layers, logical], the cost of one token, NaN where there is none. Raises RecordError."""
-    file_size(path)
+    size = file_size(path)
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise RecordError(path, Fault("", f"suffix {suffix!r}, expected one of {', '.join(SUFFIXES)}"))
+    if size > MAX_FILE_BYTES:
+        raise RecordError(path, Fault("", f"{size} bytes, expected at most {MAX_FILE_BYTES}"))
     try:
         cost = _from_json(path) if suffix == ".json" else _from_array(path, suffix)
     except OSError as error:
@@ -95,7 +98,8 @@ def _from_array(path: str | os.PathLike[str], suffix: str) -> NDArray[np.float64
 
     try:
         if suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
+            # Mapped, so that a header that claims more than the file holds is refused before memory is taken.
+            array = np.load(path, allow_pickle=False, mmap_mode="r")
         else:
             with safe_open(path, framework="numpy") as file:
                 if TENSOR not in file.keys():  # noqa: SIM118 - the file is no mapping

@@ -10,7 +10,10 @@ from typing import TypeAlias
 
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size
 
-MAX_FILE_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 28
+MAX_CONTAINERS = 1 << 21
+MAX_VALUES = 1 << 24
+"""Lists and objects, and what stands in them: each takes many times the bytes that it has in the file."""
 
 Object: TypeAlias = dict[str, object]
 
@@ -37,8 +40,15 @@ def parse(path: str | os.PathLike[str], content: bytes) -> object:
     """The JSON document that `content`, read from `path`, is; an object with a key twice is a RepeatedKeys.
 
     Raises RecordError for what is no UTF-8 text or no JSON, for NaN and Infinity, which Python would
-    read, for deep nesting, and for numbers of thousands of digits.
+    read, for deep nesting, for numbers of thousands of digits, and for more values than memory may be taken
+    for.
     """
+    for what, limit, count in (
+        ("lists and objects", MAX_CONTAINERS, content.count(b"[") + content.count(b"{")),
+        ("values", MAX_VALUES, content.count(b",")),
+    ):
+        if count > limit:
+            raise RecordError(path, Fault("", f"{count} {what}, expected at most {limit}"))
     try:
         text = content.decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)

@@ -12,6 +12,8 @@ import yaml
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
 
 MAX_FILE_BYTES = 1 << 26
+MAX_VALUES = 1 << 20
+"""Scalars, lists and mappings: each takes about a kilobyte while it is read."""
 _MAX_DEPTH = 16
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -60,7 +62,9 @@ def read(path: str | os.PathLike[str]) -> object:
 def _check_events(path: str | os.PathLike[str], content: bytes) -> None:
     """Refuse, before anything is built, what could make building it endless."""
     depth = 0
-    for event in yaml.parse(content, Loader=_Loader):
+    for number, event in enumerate(yaml.parse(content, Loader=_Loader)):
+        if number > MAX_VALUES:
+            raise RecordError(path, Fault("", f"more than {MAX_VALUES} values"))
         line = f"line {event.start_mark.line + 1}" if event.start_mark else ""
         if isinstance(event, yaml.AliasEvent):
             raise RecordError(path, Fault(line, "an alias, expected none"))

@@ -151,6 +151,7 @@ class Balancer:
         self._waiting: Waiting | None = None
         self._map_since = link.clock.now()
         self._last_cycle_end: float | None = None
+        self._last_success: float | None = None
         self._step_started: float | None = None
         self._next_cycle = 0
         self._last_start = 0
@@ -399,6 +400,8 @@ class Balancer:
             "algorithm": self.config.algorithm,
             "map_age_s": now - self._map_since,
             "last_cycle_age_s": None if self._last_cycle_end is None else now - self._last_cycle_end,
+            "last_success_age_s": None if self._last_success is None else now - self._last_success,
+            "next_cycle_steps": self._steps_to_next_cycle(),
             "step_running_s": 0.0 if step_started is None else now - step_started,
             "stage_running_s": 0.0 if self._stage is None else max(0.0, now - self._stage_since),
             "waits_at": "" if waiting is None else waiting.place,
@@ -681,6 +684,12 @@ class Balancer:
         interval = self.config.expert_heat_collection_interval
         return self._is_requested or self.stats.steps - self._last_start >= interval
 
+    def _steps_to_next_cycle(self) -> int | None:
+        if not self.config.observes or self._is_paused or self._is_closed or not self.is_active:
+            return None
+        made = self.stats.steps - self._last_start
+        return 0 if self._is_requested else max(0, self.config.expert_heat_collection_interval - made)
+
     def _check_shape(self, expert_map: ExpertMap) -> None:
         in_force = self._expert_map
         if (
@@ -775,6 +784,7 @@ class Balancer:
             stats.stayed_cycles += report.outcome is Outcome.STAYED
             stats.no_load_cycles += report.outcome is Outcome.NO_LOAD
             stats.last_success_step = stats.steps
+            self._last_success = self._last_cycle_end
         self._account_record(report)
         self._account_balancedness(report)
         self._account_compute_time(report)

@@ -40,7 +40,13 @@ def status(**changes: object) -> dict[str, object]:
         expert_compute_s=3.0, profiling_s=0.03, compute_cost_residual=0.05,
     )  # fmt: skip
     ages = {"map_age_s": 30.0, "last_cycle_age_s": 20.0, "step_running_s": 0.0}
-    waits = {"stage_running_s": 0.0, "waits_at": "", "waits_for": []}
+    waits = {
+        "last_success_age_s": 25.0,
+        "next_cycle_steps": 400,
+        "stage_running_s": 0.0,
+        "waits_at": "",
+        "waits_for": [],
+    }
     return {
         "rank": 0,
         "state": "idle",
@@ -98,7 +104,7 @@ def test_a_scrape_shows_what_the_ranks_counted() -> None:
 
 
 def test_every_metric_is_exported_and_every_export_is_described() -> None:
-    names = {key.partition("{")[0] for key in scrape(snapshot())}
+    names = {key.partition("{")[0] for key in scrape(snapshot(waits_for=[1]))}
     assert names == {metric.exported_name for metric in METRICS}
     described = {family.name for family in SnapshotCollector(list).describe()}
     assert described == {PREFIX + metric.name for metric in METRICS}

@@ -1,0 +1,104 @@
+"""What is said of a balancer that does not get on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import HashStore, TCPStore
+
+from eplb_platform import EplbConfig, ExpertMap, Topology, load_backend
+from eplb_platform.runtime import start_balancer
+from eplb_platform.runtime.agreement import Agreement
+from eplb_platform.runtime.ports import run_blocking
+from eplb_platform.runtime.production import ThreadClock
+from eplb_platform.runtime.store_plane import StoreControlPlane
+from eplb_platform.runtime.watchdog import Progress, StallReports, Waiting
+
+LIMIT_S = 10.0
+
+
+def test_a_stage_is_reported_at_the_limit_and_whenever_its_time_has_doubled() -> None:
+    reports = StallReports(3, LIMIT_S)
+    said = [reports.look(Progress("stage fetch", float(second))) for second in range(45)]
+    assert [second for second, line in enumerate(said) if line] == [10, 20, 40]
+    assert said[10] == "rank 3: stage fetch has not got on for 10 s"
+
+
+def test_what_gets_on_starts_anew() -> None:
+    reports = StallReports(0, LIMIT_S)
+    assert reports.look(Progress("stage fetch", 11.0))
+    assert reports.look(None) is None
+    assert reports.look(Progress("stage plan", 9.0)) is None
+    assert reports.look(Progress("stage plan", 10.5))
+    assert reports.look(Progress("stage plan", 0.5)) is None  # the same stage of the next chunk
+    assert reports.look(Progress("stage plan", 10.5))
+
+
+def test_the_missing_ranks_are_named() -> None:
+    waiting = Waiting("cycle/7/start", [2, 5])
+    line = StallReports(0, LIMIT_S).look(Progress("cycle 7, stage start", 12.0, waiting))
+    assert line == (
+        "rank 0: cycle 7, stage start has not got on for 12 s: it waits for rank 2, 5 at cycle/7/start"
+    )
+
+
+def test_a_rank_that_waits_long_learns_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eplb_platform.runtime.agreement.LOOK_WHO_S", 0.02)
+    store, seen = HashStore(), []
+    clock = ThreadClock(threading.Condition())
+
+    def place(rank: int) -> Agreement:
+        plane = StoreControlPlane(store)
+        return Agreement(plane, clock, scope="cycle/7", rank=rank, ranks=(0, 2, 5), on_wait=seen.append)
+
+    others = threading.Timer(0.2, lambda: run_blocking(place(2).agree("start")))
+    last = threading.Timer(0.4, lambda: run_blocking(place(5).agree("start")))
+    others.start()
+    last.start()
+    run_blocking(place(0).agree("start"))
+    others.join()
+    last.join()
+    of_rank_0 = [waiting for waiting in seen if waiting is None or 0 not in waiting.missing]
+    assert Waiting("cycle/7/start", [2, 5]) in of_rank_0
+    assert Waiting("cycle/7/start", [5]) in of_rank_0
+    assert seen[-1] is None
+
+
+class OneLayer:
+    expert_weights: ClassVar = [[torch.arange(4.0).reshape(4, 1)]]
+    expert_map = ExpertMap.initial(1, 4, Topology(1))
+
+    def apply_map(self, layers: object, expert_map: ExpertMap) -> None:
+        pass
+
+
+class Sleeper:
+    async def plan(self, load: object, current: ExpertMap) -> ExpertMap:
+        time.sleep(1.2)
+        return current
+
+
+def test_a_planner_that_does_not_answer_is_reported_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    config = EplbConfig(
+        dynamic_eplb=True, expert_heat_collection_interval=2, algorithm_execution_interval=0,
+        transfer_timeout_s=0.4,
+    )  # fmt: skip
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    balancer = start_balancer(config, OneLayer(), load_backend("cpu"), store, 0, planner=Sleeper())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            balancer.step(np.ones((1, 4), dtype=np.int64))
+        deadline = time.monotonic() + 10
+        while not balancer.stats.stalls and time.monotonic() < deadline:
+            time.sleep(0.02)
+        status = balancer.status()
+    assert "rank 0: cycle 0, stage plan has not got on for" in caplog.text
+    assert (status["state"], status["stalls"]) == ("plan", 1)
+    balancer.close()
+    assert not [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
