@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ENVIRONMENT = Path(".venv-audit")
@@ -43,7 +44,7 @@ def vulnerabilities() -> list[str]:
         raise Unavailable(f"pip cannot list the packages: {last_line(frozen.stderr)}")
     requirements = ENVIRONMENT / "installed.txt"
     requirements.write_text(public_versions(frozen.stdout), encoding="utf-8")
-    command = [
+    command: list[str | Path] = [
         auditor,
         "--no-deps",
         "--disable-pip",
@@ -77,7 +78,14 @@ def installed_auditor() -> Path:
     program = ENVIRONMENT / "bin" / "pip-audit"
     if not program.exists():
         venv.create(ENVIRONMENT, with_pip=True)
-        install = [ENVIRONMENT / "bin" / "python", "-m", "pip", "install", "--quiet", "pip-audit"]
+        install: list[str | Path] = [
+            ENVIRONMENT / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "pip-audit",
+        ]
         done = run(install, INSTALL_TIMEOUT_S)
         if done.returncode or not program.exists():
             raise Unavailable(f"pip-audit cannot be installed: {last_line(done.stderr)}")
@@ -89,7 +97,7 @@ def public_versions(frozen: str) -> str:
     return "".join(f"{line.partition('+')[0]}\n" for line in frozen.splitlines() if "==" in line)
 
 
-def run(command: list[str | Path], timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str | Path], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Raises Unavailable for a command that does not start or does not end."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
