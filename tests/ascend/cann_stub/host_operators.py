@@ -15,9 +15,9 @@ import itertools
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from typing import TypeAlias
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 DEFERRED = [
     "abs", "add", "add_", "all", "any", "arange", "argmax", "argsort", "bitwise_and", "bitwise_and_",
@@ -37,6 +37,10 @@ AWAITED = ["bincount", "equal", "nonzero"]
 _SWITCH_S = 2e-5
 """A stream's thread needs the interpreter lock for every operator: it should not wait long for it."""
 
+_Kind: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], torch.dtype]"
+"""Shape, strides and type."""
+
+_known_kinds: dict[object, list[_Kind]] = {}
 _numbers = itertools.count()
 _waiting: dict[int, Callable[[], object]] = {}
 
@@ -71,27 +75,37 @@ def _is_of_the_device(name: str) -> bool:
 
 
 def _defer(operator: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
-    host_args, host_kwargs = tree_map_only(torch.Tensor, _on_host, (args, kwargs))
+    host_args = [_map_tensors(_on_host, value) for value in args]
+    host_kwargs = {name: _map_tensors(_on_host, value) for name, value in kwargs.items()}
+    if "device" in kwargs:
+        host_kwargs["device"] = torch.device("cpu")
     if operator._schema.is_mutable:
         _launch(lambda: operator(*host_args, **host_kwargs))
         return _written(operator, args, kwargs)
-    shaped_args, shaped_kwargs = tree_map_only(torch.Tensor, _shape_only, (args, kwargs))
-    if "device" in kwargs:
-        shaped_kwargs["device"], host_kwargs["device"] = torch.device("meta"), torch.device("cpu")
     try:
-        shaped = operator(*shaped_args, **shaped_kwargs)
+        kinds = _result_kinds(operator, args, kwargs)
     except NotImplementedError:  # an index by a mask, whose length depends on values
         return _await(operator, *args, **kwargs)
-    results = tree_map_only(torch.Tensor, _memory_for, shaped)
-    targets = tree_map_only(torch.Tensor, _on_host, results)
+    results = [
+        torch.empty_strided(shape, stride, dtype=dtype, device="npu") for shape, stride, dtype in kinds
+    ]
+    targets = [_on_host(result) for result in results]
     _launch(lambda: _store(targets, operator(*host_args, **host_kwargs)))
-    return results
+    return results[0] if len(operator._schema.returns) == 1 else tuple(results)
+
+
+def _map_tensors(function: Callable[[torch.Tensor], object], value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(function, item) for item in value)
+    return value
 
 
 def _await(operator: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
     torch.npu.current_stream().synchronize()
-    host_args, host_kwargs = tree_map_only(torch.Tensor, _on_host, (args, kwargs))
-    result = operator(*host_args, **host_kwargs)
+    host_kwargs = {name: _map_tensors(_on_host, value) for name, value in kwargs.items()}
+    result = operator(*(_map_tensors(_on_host, value) for value in args), **host_kwargs)
     return result.to("npu") if isinstance(result, torch.Tensor) else result
 
 
@@ -102,18 +116,45 @@ def _written(operator: torch._ops.OpOverload, args: tuple[object, ...], kwargs: 
     return written[0] if len(written) == 1 else tuple(written)
 
 
-def _store(targets: object, values: object) -> None:
-    pairs = zip(targets, values, strict=True) if isinstance(targets, tuple) else [(targets, values)]
-    for target, value in pairs:
+def _store(targets: list[torch.Tensor], values: object) -> None:
+    for target, value in zip(targets, values if isinstance(values, tuple) else [values], strict=True):
         target.copy_(value)
+
+
+def _result_kinds(
+    operator: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[_Kind]:
+    """Found once for arguments of the same kinds: it takes longer than the operator."""
+    key = operator, _key(args), _key(tuple(kwargs.items()))
+    if key not in _known_kinds:
+        _known_kinds[key] = _find_result_kinds(operator, args, kwargs)
+    return _known_kinds[key]
+
+
+def _find_result_kinds(
+    operator: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[_Kind]:
+    shaped_kwargs = {name: _map_tensors(_shape_only, value) for name, value in kwargs.items()}
+    if "device" in kwargs:
+        shaped_kwargs["device"] = torch.device("meta")
+    shaped = operator(*(_map_tensors(_shape_only, value) for value in args), **shaped_kwargs)
+    return [_kind(result) for result in (shaped if isinstance(shaped, tuple) else [shaped])]
+
+
+def _kind(tensor: torch.Tensor) -> _Kind:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _key(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return _kind(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
 
 
 def _shape_only(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _memory_for(shaped: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(shaped.shape, shaped.stride(), dtype=shaped.dtype, device="npu")
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

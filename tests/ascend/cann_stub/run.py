@@ -49,6 +49,7 @@ def variables(python: Path, shared: str) -> dict[str, str]:
         "ASCEND_OPP_PATH": str(folder / "opp"),
         "CANN_STUB_SHARED": shared,
         "CANN_STUB": str(folder),
+        "CANN_STUB_RECORD": shared,
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -170,6 +170,19 @@ API int aclsysGetVersionStr(const char *, char *version) {
     return kSuccess;
 }
 
+struct PackageVersion {
+    char version[128];
+    char parts[4][64];
+    char reserved[128];
+};
+
+API int aclsysGetCANNVersion(int, PackageVersion *version) {
+    *version = {};
+    aclsysGetVersionStr(nullptr, version->version);
+    std::sscanf(version->version, "%63[^.].%63[^.].%63s", version->parts[0], version->parts[1], version->parts[2]);
+    return kSuccess;
+}
+
 // --- devices and contexts ---
 
 API int aclrtGetDeviceCount(std::uint32_t *count) {
