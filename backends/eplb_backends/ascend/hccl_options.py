@@ -50,7 +50,7 @@ KNOWN: Final[Mapping[str, _Whole | _Text]] = {
     "hccl_buffer_name": _Text(128),
     "hccl_buffer_size": _Whole(1, _UINT32_NOT_SET - 1, "MB"),
     "hccl_exec_timeout": _Whole(0, 2**31 - 1, "s"),
-    "hccl_job_id": _Whole(0, 2**64 - 1),
+    "hccl_job_id": _Whole(2**32, 2**64 - 1),  # torch_npu takes a smaller one for a number of 32 bits
     "hccl_op_expansion_mode": _Whole(0, 3, "(default, host, AI CPU, AI vector cores)"),
     "hccl_retry_enable": _Text(50),
     "hccl_retry_params": _Text(128),

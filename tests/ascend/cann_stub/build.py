@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ BESIDE_IT = (
     "libacl_tdt_channel.so",
     "libge_runner.so",
     "libgraph.so",
+    "libhcomm.so",
     "libopapi.so",
 )
 """Asked for by name; they lead to it."""
@@ -48,7 +50,9 @@ def built(folder: Path, torch_npu: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder))
         build(unfinished, torch_npu)
-        unfinished.rename(finished)
+        with suppress(OSError):  # another process was faster
+            unfinished.rename(finished)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return finished
 
 

@@ -101,7 +101,7 @@ struct Transfer {
 };
 
 int lost(const CommPointer &comm, const std::string &what) {
-    if (comm->gives_up()) return fail(kTaskAborted, "%s: the communicator was destroyed", what.c_str());
+    if (comm->gives_up()) return kSuccess;  // destroyed by this process, which asks for the data no more
     comm->error = kTimeout;
     return fail(kStreamFailed,
                 "EI0006: rank %u of %s: %s: no answer within %d s. Check that every rank makes the same calls in the "

@@ -346,3 +346,32 @@ API int aclnnInplaceFillScalarGetWorkspaceSize(const Tensor *target, const long 
 API int aclnnInplaceFillScalar(void *, std::uint64_t, Executor *executor, void *stream) {
     return execute(executor, stream);
 }
+
+// For a cast in the newer way: the shape of what a format stores.
+API int aclnnNpuFormatCastCalculateSizeAndFormat(const Tensor *source, int format, int, std::int64_t **shape,
+                                                 std::uint64_t *dimensions, int *actual) {
+    Shape stored = source->shape;
+    if (format == kNz) {
+        const std::int64_t rows = stored[stored.size() - 2], width = nz_columns(source->type);
+        stored[stored.size() - 2] = blocks(stored.back(), width);
+        stored.back() = blocks(rows, kNzRows);
+        stored.insert(stored.end(), {kNzRows, width});
+    }
+    *shape = new std::int64_t[stored.size()];
+    std::copy(stored.begin(), stored.end(), *shape);
+    *dimensions = stored.size();
+    *actual = format;
+    return kSuccess;
+}
+
+API int aclnnNpuFormatCastGetWorkspaceSize(const Tensor *source, const Tensor *target, std::uint64_t *workspace,
+                                           Executor **executor) {
+    const Tensor from = *source, to = *target;
+    const auto convert = [=] {
+        const Shape &shape = to.format == kNz ? from.shape : to.shape;
+        return convert_format(from.data, from.format, to.data, to.format, shape, from.type);
+    };
+    return prepare("aclnnNpuFormatCast", convert, workspace, executor);
+}
+
+API int aclnnNpuFormatCast(void *, std::uint64_t, Executor *executor, void *stream) { return execute(executor, stream); }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <memory>
@@ -155,6 +156,7 @@ void Stream::run() {
         if (result != kSuccess && code == 0) {
             code = result;
             text = item.what + " on stream " + std::to_string(number) + ": " + recent_message();
+            std::fprintf(stderr, "%s\n", text.c_str());  // the vendor's libraries write a log of their own
             if (failed_with == 0) {
                 failed_with = code;
                 failure = text;

@@ -1,4 +1,4 @@
-"""The Ascend backend keeps the contract on `npu` devices, between two processes and four, by either transport."""
+"""The Ascend backend keeps the contract on `npu` devices, between two and four ranks, by either transport."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from eplb_platform.testing.checks import CHECKS
 from eplb_platform.testing.contract import run_check
 from eplb_platform.testing.processes import RankPool
 from tests.ascend.over_stub.collective_ascend import CollectiveAscend
-
 
 OF_RANKS = [name for name, check in CHECKS.items() if check.min_ranks > 1]
 """Clauses about what goes between ranks."""
