@@ -1,8 +1,8 @@
 """What measuring the experts' compute time adds to a forward pass, at interval 1.
 
 Every rank serves decode steps of a Qwen3-MoE checkpoint, as the demo does; every other pass is measured, so
-that a noisy machine is as noisy for both kinds. `accounted` is what the profiler says of itself, as a part of
-all passes' time had all been measured.
+that a noisy machine is as noisy for both kinds. Beside the time of a pass stands the processor time of the
+thread that runs it, which other processes on the machine change far less.
 
     python benchmarks/profiling_overhead.py --ranks 4
 """
@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ PASSES_OF_A_BATCH = 24
 @dataclass(frozen=True)
 class RankTimes:
     off_ms: NDArray[np.float64]
+    """[passes, time and processor time]"""
     on_ms: NDArray[np.float64]
     accounted_ms: float
     """Of a measured pass."""
@@ -65,7 +66,7 @@ def measure(
     )
     balancer = start_balancer(config, model, backend, store, rank)
     balancer.stop_profiling()
-    times: tuple[list[float], list[float]] = ([], [])
+    times: tuple[list[list[float]], list[list[float]]] = ([], [])
     draw = torch.Generator().manual_seed(rank)
     cache = None
     for number in range(-PASSES_OF_A_BATCH, passes):
@@ -73,12 +74,12 @@ def measure(
             cache = None
         inputs = torch.randint(32, 127, (sequences, 12 if cache is None else 1), generator=draw)
         is_prefill, is_measured = cache is None, number % 2 == 1
-        started = perf_counter()
+        started = np.array([perf_counter(), thread_time()])
         cache = model.module(input_ids=inputs, past_key_values=cache, use_cache=True).past_key_values
         (balancer.stop_profiling if is_measured else balancer.start_profiling)()  # of the next pass
         balancer.step(model.take_load(), phase=Phase.DECODE)
         if number >= 0 and not is_prefill:
-            times[is_measured].append((perf_counter() - started) * 1e3)
+            times[is_measured].append(((np.array([perf_counter(), thread_time()]) - started) * 1e3).tolist())
     profiling = balancer.profiling
     assert profiling is not None
     accounted, measured = profiling.profiler.overhead_ms, profiling.measured_passes
@@ -88,20 +89,18 @@ def measure(
 
 
 def summarise(ranks: list[RankTimes]) -> dict[str, float]:
-    """Medians over the passes of the slowest rank of each."""
-    off, on = (np.max([getattr(rank, name) for rank in ranks], axis=0) for name in ("off_ms", "on_ms"))
-    # Neighbouring passes see the same noise: their ratio is steadier than the ratio of medians.
-    pairs = min(len(off), len(on))
-    return {
-        "ranks": len(ranks),
-        "cores": os.cpu_count() or 0,
-        "passes": pairs,
-        "off_median_ms": float(np.median(off)),
-        "on_median_ms": float(np.median(on)),
-        "median_ratio": float(np.median(on) / np.median(off)),
-        "paired_median_ratio": float(np.median(on[:pairs] / off[:pairs])),
-        "accounted": float(max(rank.accounted_ms for rank in ranks) / np.median(off)),
-    }
+    """Medians over the passes: of the slowest rank's time, and of the mean rank's processor time."""
+    off, on = (np.stack([getattr(rank, name) for rank in ranks]) for name in ("off_ms", "on_ms"))
+    summary: dict[str, float] = {"ranks": len(ranks), "cores": os.cpu_count() or 0, "passes": off.shape[1]}
+    for name, without, measured in (
+        ("wall", off[..., 0].max(axis=0), on[..., 0].max(axis=0)),
+        ("processor", off[..., 1].mean(axis=0), on[..., 1].mean(axis=0)),
+    ):
+        summary[f"{name}_off_ms"] = float(np.median(without))
+        summary[f"{name}_on_ms"] = float(np.median(measured))
+        summary[f"{name}_added"] = summary[f"{name}_on_ms"] / summary[f"{name}_off_ms"] - 1
+    summary["accounted"] = max(rank.accounted_ms for rank in ranks) / summary["processor_off_ms"]
+    return summary
 
 
 def main() -> None:
@@ -120,12 +119,14 @@ def main() -> None:
     if given.json:
         print(json.dumps(summary))
         return
-    print(f"{given.ranks} ranks on {os.cpu_count()} cores, {summary['passes']:.0f} passes of each kind, ms")
-    print(f"not measured {summary['off_median_ms']:8.3f}")
-    print(f"measured     {summary['on_median_ms']:8.3f}")
-    print(f"added: {100 * (summary['median_ratio'] - 1):.2f} % by medians, "
-          f"{100 * (summary['paired_median_ratio'] - 1):.2f} % by the median of neighbours' ratios, "
-          f"{100 * summary['accounted']:.2f} % accounted for")  # fmt: skip
+    print(
+        f"{given.ranks} ranks on {os.cpu_count()} cores, {summary['passes']:.0f} passes of each kind, medians"
+    )
+    print("                  not measured    measured     added")
+    for name in ("wall", "processor"):
+        off, on, added = (summary[f"{name}_{column}"] for column in ("off_ms", "on_ms", "added"))
+        print(f"{name:10}{off:17.3f} ms{on:9.3f} ms{100 * added:8.2f} %")
+    print(f"the profiler accounts for {100 * summary['accounted']:.2f} % of the processor time")
 
 
 if __name__ == "__main__":

@@ -233,8 +233,9 @@ class ExpertParallelMoe(nn.Module):
         profiling = self._profiling
         if profiling is None or not isinstance(profiling.current, SlotTimers):
             return None
-        timers = profiling.current.layers[self._layer]
-        timers.tokens[:] = tokens
+        timers = profiling.current.of_layer(self._layer)
+        if timers is not None:
+            timers.tokens[:] = tokens
         return timers
 
     def _multiply(

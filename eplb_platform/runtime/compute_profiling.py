@@ -32,6 +32,8 @@ MOST_PASSES_IN_FLIGHT = 8
 FACTOR_STEPS = 1024
 """Costs are rounded to such parts of the mean token's: every rank weighs alike, whatever its processor."""
 CALIBRATION_RUNS = 200
+LAYERS_IN_TURN = 2
+"""Where each expert is timed by itself, a measured pass times every second layer, the next one the others."""
 
 
 class PassTimers(Protocol):
@@ -219,51 +221,55 @@ class LayerSlotTimers:
     tokens: [slots], to be filled by the layer; 0 where an expert did not run
     """
 
-    def __init__(self, backend: Backend, num_slots: int, num_parts: int) -> None:
-        self.parts = [[backend.timer() for _ in range(num_slots)] for _ in range(num_parts)]
+    def __init__(self, backend: Backend, tokens: NDArray[np.int64], num_parts: int) -> None:
+        self.parts = [[backend.timer() for _ in tokens] for _ in range(num_parts)]
         self.shared = backend.timer()
-        self.tokens = np.zeros(num_slots, dtype=np.int64)
-
-    def milliseconds(self) -> NDArray[np.float64] | None:
-        """[slots]; None while the device has not passed them all."""
-        times = np.zeros(len(self.tokens))
-        busy = np.flatnonzero(self.tokens).tolist()
-        if not busy:
-            return times
-        shared = self.shared.elapsed_ms()
-        # The device finishes in order: the last timer tells of all.
-        if shared is None or self.parts[-1][busy[-1]].elapsed_ms() is None:
-            return None
-        for timers in self.parts:
-            times[busy] += np.array([timers[slot].elapsed_ms() for slot in busy], dtype=np.float64)
-        return np.asarray(times + self.tokens * (shared / self.tokens.sum()))
+        self.tokens = tokens
 
 
 class SlotTimers:
-    """Times the expert of each slot by itself: `PassTimers` for models that compute them one by one."""
+    """Times the expert of each slot by itself: `PassTimers` for models that compute them one by one.
+
+    A measured pass times one layer in `LAYERS_IN_TURN`; the next one times others.
+    """
 
     def __init__(self, backend: Backend, num_layers: int, num_slots: int, num_parts: int = 1) -> None:
-        self.layers = [LayerSlotTimers(backend, num_slots, num_parts) for _ in range(num_layers)]
-        self.num_timers = num_layers * (num_slots * num_parts + 1)
+        self._tokens = np.zeros((num_layers, num_slots), dtype=np.int64)
+        self._layers = [LayerSlotTimers(backend, tokens, num_parts) for tokens in self._tokens]
+        self._parts = [
+            [timer for layer in self._layers for timer in layer.parts[part]] for part in range(num_parts)
+        ]
         self._experts = np.zeros((0, 0), dtype=np.int64)
+        self._turn = 0
+        self.num_timers = num_layers * (num_slots * num_parts + 1) // LAYERS_IN_TURN
+
+    def of_layer(self, layer: int) -> LayerSlotTimers | None:
+        """The timers of a layer that is to be timed in this pass."""
+        return self._layers[layer] if layer % LAYERS_IN_TURN == self._turn else None
 
     def begin(self, experts: NDArray[np.int64]) -> None:
         self._experts = experts
-        for layer in self.layers:
-            layer.tokens[:] = 0
+        self._tokens[:] = 0
+        self._turn = (self._turn + 1) % LAYERS_IN_TURN
 
     def end(self) -> None:
         pass
 
     def read_into(self, profiler: ExpertComputeProfiler) -> float | None:
-        times = []
-        for layer in reversed(self.layers):  # the last one tells whether all have passed
-            of_layer = layer.milliseconds()
-            if of_layer is None:
-                return None
-            times.append(of_layer)
-        milliseconds = np.stack(times[::-1])
-        profiler.profile_pass(self._experts, np.stack([layer.tokens for layer in self.layers]), milliseconds)
+        busy = np.flatnonzero(self._tokens).tolist()
+        milliseconds = np.zeros(self._tokens.size)
+        # The device finishes in order: the last timer tells of all.
+        if busy and self._parts[-1][busy[-1]].elapsed_ms() is None:
+            return None
+        for timers in self._parts:
+            milliseconds[busy] += np.array([timers[slot].elapsed_ms() for slot in busy], dtype=np.float64)
+        milliseconds = milliseconds.reshape(self._tokens.shape)
+        rows = self._tokens.sum(axis=1, keepdims=True)
+        shared = np.zeros(rows.shape)
+        for layer in np.flatnonzero(rows).tolist():
+            shared[layer] = self._layers[layer].shared.elapsed_ms()
+        milliseconds += self._tokens * (shared / np.maximum(rows, 1))
+        profiler.profile_pass(self._experts, self._tokens, milliseconds)
         return float(milliseconds.sum())
 
 

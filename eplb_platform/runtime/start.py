@@ -242,9 +242,7 @@ def _warn_of_keys_without_effect(config: EplbConfig) -> None:
     """Of compute cost: measured, it counts with every algorithm; not measured, with none."""
     if config.enable_expert_compute_profiling:
         if config.compute_cost_alpha == 0:
-            logger.info(
-                "eplb_config.compute_cost_alpha is 0: compute time is measured, tokens alone count"
-            )
+            logger.info("eplb_config.compute_cost_alpha is 0: compute time is measured, tokens alone count")
         elif config.algorithm == RandomPlacement.name:
             logger.warning("algorithm %r places without looking at load or compute time", config.algorithm)
     elif config.compute_cost_record_path is not None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
+from eplb_backends.cpu import CpuBackend
+from eplb_platform.cost import ExpertComputeProfiler
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.integrations.vllm.kernel_timing import count_local
 from eplb_platform.integrations.vllm.served_model import VllmModel
+from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.topology import Topology
 
 TOPOLOGY = Topology(num_ranks=4)
@@ -46,3 +51,49 @@ def test_entries_of_replicas_that_are_gone_are_removed() -> None:
     model.apply_map([1], ExpertMap(np.array([INITIAL[0], [0, 1, 0, 2, 0, 3, 0, 1]]), 4, TOPOLOGY))
     model.apply_map([1], ExpertMap(np.array(INITIAL), 4, TOPOLOGY))
     assert state.logical_to_physical_map[1, :, :5].tolist()[0] == [0, 4, -1, -1, -1]
+
+
+class Kernel:
+    """The part of vLLM's expert kernels that is timed."""
+
+    def apply(self, output: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> int:
+        output += 1
+        return len(topk_ids)
+
+
+class MonolithicKernel:
+    """Routes by itself: nobody knows the tokens of each expert."""
+
+    def apply(self, router_logits: torch.Tensor) -> None: ...
+
+
+def layer_with(kernel: object) -> SimpleNamespace:
+    return SimpleNamespace(_quant_method=SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel)))
+
+
+def test_kernels_are_timed_with_the_tokens_of_this_rank(caplog: pytest.LogCaptureFixture) -> None:
+    model, state = model_of(INITIAL)
+    kernel = Kernel()
+    state.model.moe_layers = [layer_with(kernel), layer_with(MonolithicKernel())]
+    profiling = ComputeProfiling(ExpertComputeProfiler(2, 4, warmup_steps=1), rank=1, alpha=1.0)
+    model.measure_with(profiling, CpuBackend())
+    ids, local = torch.tensor([[2, 0], [2, 3], [-1, 7]]), torch.tensor([-1, -1, 0, 1, -1, -1, -1, -1])
+    output = torch.zeros(1)
+    for _ in range(3):
+        profiling.begin_pass(model.expert_map)
+        assert kernel.apply(output, ids, expert_map=local) == 3
+        profiling.end_pass()
+    assert output.item() == 3 and "layers 1 have a kernel that routes tokens by itself" in caplog.text
+    milliseconds, tokens, invocations = profiling.profiler.get_totals()
+    # Slots 2 and 3, of rank 1, hold experts 2 and 3; the first pass was the warm-up.
+    assert tokens.tolist() == [[0, 0, 4, 2], [0, 0, 0, 0]]
+    assert invocations.tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]]
+    assert milliseconds[0].sum() > 0 and profiling.residual is not None
+    assert profiling.measured_passes == 2
+
+
+def test_counts_that_vllm_knows_are_taken() -> None:
+    counts = torch.zeros(2, dtype=torch.int64)
+    meta = SimpleNamespace(expert_num_tokens=torch.tensor([5, 0], dtype=torch.int32))
+    count_local({"expert_tokens_meta": meta}, counts)
+    assert counts.tolist() == [5, 0]

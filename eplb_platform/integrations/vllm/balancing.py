@@ -174,6 +174,8 @@ class EngineBalancing:
         """A profile pass has ended: nothing of it counts."""
         for each in self._balanced:
             each.counts.forget()
+            if each.balancer.profiling is not None:
+                each.balancer.profiling.discard_pass()
 
     # --- control ---
 
@@ -188,6 +190,20 @@ class EngineBalancing:
     def rebalance_now(self) -> None:
         for each in self._balanced:
             each.balancer.rebalance_now()
+
+    def start_profiling(self) -> None:
+        """Raises RuntimeError where compute time is not measured."""
+        for each in self._balanced:
+            each.balancer.start_profiling()
+
+    def stop_profiling(self) -> None:
+        """Raises RuntimeError where compute time is not measured."""
+        for each in self._balanced:
+            each.balancer.stop_profiling()
+
+    def compute_statistics(self) -> Mapping[str, object]:
+        """What experts cost, by model. Raises RuntimeError where it is not measured."""
+        return {each.model.model_name: each.balancer.compute_statistics() for each in self._balanced}
 
     def drain(self) -> None:
         """Wait until no cycle runs on this rank; call `pause` first, on every rank."""

@@ -11,10 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.integrations.vllm import kernel_timing
+from eplb_platform.runtime.compute_profiling import ComputeProfiling, KernelTimers
 from eplb_platform.topology import Topology
 
 if TYPE_CHECKING:
     from vllm.distributed.eplb.eplb_state import EplbModelState
+
+    from eplb_platform.backend import Backend
 
 
 WEIGHTED_COLUMNS = 64
@@ -76,6 +80,20 @@ class VllmModel:
         chosen = list(layers)
         table = expert_map.logical_to_physical[chosen]
         self.apply_tables(chosen, expert_map, table, expert_map.replica_count[chosen])
+
+    def measure_with(self, profiling: ComputeProfiling, backend: Backend) -> None:
+        """Time the kernels of the MoE layers in the passes that `profiling` measures.
+
+        They are looked for when the first pass is to be measured: vLLM may replace them after loading.
+        """
+        layers, device = self._state.model.moe_layers, self._state.expert_load_pass.device
+
+        def make() -> KernelTimers:
+            kernel_timing.attach(layers, profiling)
+            held = self._expert_map
+            return KernelTimers(backend, held.num_layers, held.slots_per_rank, device)
+
+        profiling.time_with(make, backend.timer())
 
     @property
     def routing_table_width(self) -> int:

@@ -52,6 +52,9 @@ class WorkerHooks:
             "eplb_pause": self.pause,
             "eplb_resume": self.resume,
             "eplb_rebalance_now": self.rebalance_now,
+            "eplb_start_profiling": self.start_profiling,
+            "eplb_stop_profiling": self.stop_profiling,
+            "eplb_compute_statistics": self.compute_statistics,
         }.items():
             setattr(self._worker, name, call)
         for name, wrapper in {
@@ -87,6 +90,18 @@ class WorkerHooks:
     def rebalance_now(self) -> None:
         """Start a cycle at the next forward pass."""
         self._loaded().rebalance_now()
+
+    def start_profiling(self) -> None:
+        """Measure compute time from the next forward pass on."""
+        self._loaded().start_profiling()
+
+    def stop_profiling(self) -> None:
+        """Measure no more; plans go on with what was measured."""
+        self._loaded().stop_profiling()
+
+    def compute_statistics(self) -> Mapping[str, object]:
+        """What experts cost over all ranks, by model, in the layout of SGLang's documentation."""
+        return self._loaded().compute_statistics()
 
     # --- the engine's calls ---
 
