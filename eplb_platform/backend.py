@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint
-from inspect import isabstract
+from inspect import isabstract, signature
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
@@ -353,10 +353,22 @@ def load_backend(name: str = "auto", *, device_type: str | None = None, **option
         raise BackendError(f"backend {name!r} cannot be used: {report.reason}")
     if device_type not in (None, report.device_type):
         raise BackendError(f"backend {name!r} is for {report.device_type}, not for {device_type}")
+    _check_options(name, backend, options)
     try:
         return backend(**options)  # type: ignore[arg-type]  # the backend's own to check
     except Exception as error:
         raise BackendError(f"backend {name!r} cannot be used: {_one_line(error)}") from error
+
+
+def _check_options(name: str, backend: type[Backend], options: Mapping[str, object]) -> None:
+    parameters = signature(backend).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.name != "streams"]
+    for option in options.keys() - {"streams", *known}:
+        nearest = "".join(f" Did you mean {match!r}?" for match in get_close_matches(option, known, n=1))
+        takes = ", ".join(known) or "none"
+        raise BackendError(f"backend {name!r} takes no option {option!r}.{nearest} It takes: {takes}")
 
 
 def _installed() -> dict[str, list[EntryPoint]]:

@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = "gate_eplb"
 _STATISTIC_PATH, _STATISTIC_RANGE = "EXPERT_STATISTIC_PATH", "EXPERT_STATISTIC_ITER_RANGE"
 _STATISTIC_FOLDER = "expert_statistic"
 # Too common a word to be taken for ours outside of `eplb_config`.
-_NEVER_AT_TOP_LEVEL = frozenset({"backend"})
+_NEVER_AT_TOP_LEVEL = frozenset({"backend", "transport"})
 
 
 class ConfigError(ValueError):
@@ -121,6 +121,11 @@ _PolicyType: TypeAlias = Annotated[
         "the name of an algorithm, or 0 to 3 for " + ", ".join(_ALGORITHM_OF_NUMBER),
     ),
 ]
+_Transport: TypeAlias = Annotated[
+    Literal["auto", "host", "collective", "nixl"],
+    _Expected("one of 'auto', 'host', 'collective', 'nixl'"),
+]
+_Options: TypeAlias = Annotated[dict[str, object], _Expected("an object of options and values")]
 _PhaseName: TypeAlias = Annotated[
     Literal["all", "prefill", "decode"], _Expected("one of 'all', 'prefill', 'decode'")
 ]
@@ -244,6 +249,15 @@ class EplbConfig(BaseModel):
     backend: _Name = Field(
         default="auto", description="Name of the device backend; auto takes the first usable."
     )
+    transport: _Transport = Field(
+        default="auto",
+        description="How weights move between devices: host, through pinned memory and gloo; collective, by "
+        "NCCL or HCCL, enqueued by the forward thread; nixl. auto leaves it to the backend.",
+    )
+    backend_options: _Options = Field(
+        default={},
+        description="Further options of the backend, such as pinned_bytes, hccl_options or nccl_options.",
+    )
 
     if not TYPE_CHECKING:  # for a type checker the fields are the signature
 
@@ -336,6 +350,12 @@ class EplbConfig(BaseModel):
         """The keys of `additional_config` that are read here: `eplb_config`, and ours beside it."""
         ours = _ours_at_top_level(additional_config)
         return [key for key in additional_config if key == SECTION or key in ours]
+
+    @property
+    def backend_arguments(self) -> Mapping[str, object]:
+        """What `load_backend` is to hand to the backend; a backend without transports is asked for none."""
+        asked = {} if self.transport == "auto" else {"transport": self.transport}
+        return {**self.backend_options, **asked}
 
     @classmethod
     def from_additional_config(

@@ -58,8 +58,21 @@ def test_every_documented_key_and_its_default() -> None:
         "log_balancedness": False,
         "log_balancedness_interval": 600,
         "backend": "auto",
+        "transport": "auto",
+        "backend_options": {},
     }
     assert all(field.description for field in EplbConfig.model_fields.values())
+
+
+def test_a_backend_is_handed_its_options_and_the_transport_that_was_chosen() -> None:
+    assert read().backend_arguments == {}
+    hccl = {"hccl_options": {"hccl_buffer_size": 200}}
+    config = read(transport="collective", backend_options=hccl)
+    assert config.backend_arguments == {**hccl, "transport": "collective"}
+    with pytest.raises(ConfigError, match="transport: 'tcp', expected one of 'auto', 'host', 'collective'"):
+        read(transport="tcp")
+    with pytest.raises(ConfigError, match="did you mean 'backend_options'"):
+        read(backend_option=hccl)
 
 
 def test_what_json_says_is_read_and_written_back() -> None:

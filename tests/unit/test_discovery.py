@@ -94,8 +94,8 @@ def test_a_backend_for_another_device_is_refused() -> None:
         eplb_platform.load_backend(device_type="tpu")
 
 
-def test_options_go_to_the_backend_and_are_its_own_to_refuse() -> None:
-    with pytest.raises(BackendError, match=r"'cpu' cannot be used: TypeError: .*'transport'"):
+def test_an_option_that_the_backend_does_not_take_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"backend 'cpu' takes no option 'transport'\. It takes: none"):
         eplb_platform.load_backend("cpu", transport="host")
 
 

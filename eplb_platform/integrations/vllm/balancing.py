@@ -71,7 +71,8 @@ class EngineBalancing:
         if not model.can_be_routed:
             self._leave_alone(model, is_main=is_main)
             return
-        backend = load_backend(config.backend, device_type=state.expert_load_pass.device.type)
+        device_type = state.expert_load_pass.device.type
+        backend = load_backend(config.backend, device_type=device_type, **config.backend_arguments)
         name = f"model-{len(self._balanced)}"
         if is_main:
             group.publish_layers(model.expert_map.num_layers)
