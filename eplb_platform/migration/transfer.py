@@ -219,7 +219,7 @@ class Migrator:
             )
         streams = self._backend.streams
         streams.check_not_capturing()
-        self._staged = None
+        self._staged = self._last_write = None  # from here on, marks keep the next exchange behind the swap
         arrivals, mark = staged
         streams.wait(mark)
         for layer, slots, rows in arrivals.layers:

@@ -73,6 +73,7 @@ class EngineBalancing:
             return
         device_type = state.expert_load_pass.device.type
         backend = load_backend(config.backend, device_type=device_type, **config.backend_arguments)
+        model.write_through(backend)
         name = f"model-{len(self._balanced)}"
         if is_main:
             group.publish_layers(model.expert_map.num_layers)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.vllm import kernel_timing
+from eplb_platform.integrations.vllm.table_writer import TableWriter
 from eplb_platform.runtime.compute_profiling import ComputeProfiling, KernelTimers
 from eplb_platform.topology import Topology
 
@@ -39,6 +40,7 @@ class VllmModel:
             state.physical_to_logical_map.cpu().numpy(), state.model.num_logical_experts, topology
         )
         self._initial_map = self._expert_map
+        self._writer: TableWriter | None = None
         self._columns_in_use = int(self._expert_map.replica_count.max())
 
     @property
@@ -119,18 +121,23 @@ class VllmModel:
         width = max(self._columns_in_use, logical_to_physical.shape[-1])
         table = np.full((*count.shape, width), -1, dtype=np.int32)
         table[..., : logical_to_physical.shape[-1]] = logical_to_physical
-        self._write(self._state.physical_to_logical_map, chosen, expert_map.physical_to_logical[chosen])
-        self._write(self._state.logical_to_physical_map[:, :, :width], chosen, table)
-        self._write(self._state.logical_replica_count, chosen, count)
+        state, placed = self._state, expert_map.physical_to_logical[chosen]
+        self._write(state.physical_to_logical_map, chosen, placed)
+        self._write(state.logical_to_physical_map[:, :, :width], chosen, table)
+        self._write(state.logical_replica_count, chosen, count)
         self._columns_in_use = width
         self._expert_map = self._expert_map.replace_layers(chosen, expert_map)
 
-    @staticmethod
-    def _write(table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
+    def write_through(self, backend: Backend) -> None:
+        """Write tables on a device through memory of this backend, which it allocates: before serving."""
+        if self._state.physical_to_logical_map.device.type != "cpu":
+            self._writer = TableWriter(backend, self._state.logical_to_physical_map.dtype)
+
+    def _write(self, table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
         """In place: captured graphs keep reading the table at its address."""
         if table.device.type == "cpu":
             table.numpy()[layers] = rows
-            return
-        source = torch.from_numpy(rows).to(table.dtype).pin_memory().to(table.device, non_blocking=True)
-        for index, layer in enumerate(layers):
-            table[layer].copy_(source[index])
+        elif self._writer is None:
+            raise RuntimeError("the tables are on a device: write_through comes before apply_map")
+        else:
+            self._writer.write(table, layers, rows)
