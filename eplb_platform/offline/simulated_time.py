@@ -225,6 +225,9 @@ class SimulatedMigrator:
     def follow(self, expert_weights: object) -> None:
         return None
 
+    def note_weights(self) -> None:
+        return None
+
 
 class SimulatedPlanner:
     """The real planner, whose answer comes after `planning_s` of simulated time."""
