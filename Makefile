@@ -84,10 +84,11 @@ serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi
 	PYTHON=$(VLLM)/bin/python examples/vllm/serve.sh $(SERVE_OPTIONS)
 
-# The environments are fetched while the quick part runs.
+# The environments are fetched while the quick part runs. What others publish overnight fails no build.
 test:
 	$(MAKE) --jobs=2 vllm check ascend
 	$(MAKE) kernels wheel processes ascend-tests vllm-tests
+	-$(MAKE) audit
 
 bench: $(PROJECT)
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
