@@ -47,7 +47,7 @@ def test_the_backend_is_usable_with_auto_load_on_and_off(
     """
     reports = run(environment, cann, script, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload)
     assert isinstance(reports, dict)
-    assert reports["ascend"] == [True, "2 NPUs; weights move through host memory"]
+    assert reports["ascend"] == [True, "2 NPUs; transports 'host', 'collective' (HCCL)"]
     assert reports["cpu"] == [True, "ready"]
 
 

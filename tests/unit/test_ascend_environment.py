@@ -179,7 +179,7 @@ def test_npus_are_counted_with_auto_load_on_and_off(machine: Machine, autoload: 
     (home / "x86_64-linux" / "ascend_toolkit_install.info").write_text("package_name=x\nversion=9.1.0\n")
     report = machine.discover(TORCH_DEVICE_BACKEND_AUTOLOAD=autoload, ASCEND_HOME_PATH=str(home))["ascend"]
     assert report["usable"]
-    assert report["reason"] == "8 NPUs; weights move through host memory"
+    assert report["reason"] == "8 NPUs; transports 'host', 'collective' (HCCL)"
     assert report["versions"] == {"torch": torch.__version__, "torch_npu": RELEASE, "cann": "9.1.0"}
 
 
