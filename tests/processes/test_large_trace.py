@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "large_trace.py"
 LARGEST_MB = {"report": 400, "advise": 800}
 """Less than what the command takes without a trace and the gigabyte that it goes through."""
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 
 def test_memory_does_not_grow_with_the_trace() -> None:
