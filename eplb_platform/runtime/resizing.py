@@ -171,6 +171,11 @@ class Resizing:
             staying=self.verdict.staying,
             staging_slots=await self._staging_slots(),
         )
+        if self.link.group.enqueues_on_forward:
+            raise ResizeError(
+                "resize: weights have to move, which the backend's transport by the forward thread cannot do "
+                "then: choose transport 'host'; the active ranks are what they were"
+            )
         for index, chunk in enumerate(chunks):
             await self.link.group.fetch(chunk)
             chunk.map_after.derive_tables()
