@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from ci.device_measures import EXPERT_BYTES, EXPERTS, measure_bandwidth
 from eplb_platform.backend import Backend, discover_backends
@@ -25,6 +24,8 @@ from eplb_platform.testing.processes import RankError, run_ranks
 TOOLS = {"ascend": ["npu-smi", "info"], "cuda": ["nvidia-smi", "-L"]}
 TRANSPORTS = ("host", "collective")
 LINES_OF_A_FAILURE = 12
+EPLB = "import sys; from eplb_platform.cli import main; sys.exit(main())"
+"""The command, where its script is not installed."""
 
 
 def collective_class(backend: str) -> type[Backend]:
@@ -75,7 +76,7 @@ def report_demo(backend: str, ranks: int) -> bool:
     well = True
     for name in (backend, "cpu"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [str(Path(sys.executable).parent / "eplb"), "demo", "--backend", name]
+            command = [sys.executable, "-c", EPLB, "demo", "--backend", name]
             options = ["--ranks", str(ranks), "--quick", "--json"]
             done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
         if done.returncode:

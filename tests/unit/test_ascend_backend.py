@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from eplb_backends.ascend import AscendBackend, update_expert
+from eplb_backends.ascend import AscendBackend, update_expert, vendor_messages
 from eplb_backends.ascend.coupled_parameters import check_moved_together
 from eplb_backends.ascend.hccl_options import KNOWN, HcclOptions
 from eplb_backends.ascend.token_counts import add_to_load, counts_of
@@ -309,3 +309,21 @@ def test_a_torch_npu_without_the_operator_is_said_once(
     ]
     expected = CpuBackend().map_and_record(torch.tensor([[2]]), TABLE, COUNTS, None)
     assert torch.equal(backend.map_and_record(torch.tensor([[2]]), TABLE, COUNTS, None), expected)
+
+
+def test_the_vendor_s_words_come_first_with_advice() -> None:
+    """As torch_npu gives them: its own sentence, then the message of CANN in a line of its own."""
+    raised = RuntimeError(
+        "hcclCommInitRootInfoConfig:HCCLUtils.cpp:10 HCCL function error: error code is 9\n"
+        "[ERROR] 2026 ERR02200 DIST call hccl api failed.\nEI0006: Getting socket times out.\n"
+    )
+    text = vendor_messages.explained(raised)
+    assert text.startswith("EI0006: Getting socket times out.; ranks could not be reached: check that all")
+    assert text.endswith(
+        "torch_npu: hcclCommInitRootInfoConfig:HCCLUtils.cpp:10 HCCL function error: error "
+        "code is 9 [ERROR] 2026 ERR02200 DIST call hccl api failed."
+    )
+    assert (
+        vendor_messages.explained(RuntimeError("EZ9999: inner\nerror")) == "EZ9999: inner; torch_npu: error"
+    )
+    assert vendor_messages.explained(RuntimeError("something\nelse")) == "something else"

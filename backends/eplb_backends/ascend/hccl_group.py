@@ -11,6 +11,7 @@ import torch
 from torch.distributed import Store, Work
 
 from eplb_backends.ascend.hccl_options import HcclOptions
+from eplb_backends.ascend.vendor_messages import explained
 from eplb_platform.backend import Message
 
 BLOCKING_WAIT = ("TORCH_HCCL_BLOCKING_WAIT", "HCCL_BLOCKING_WAIT")
@@ -36,12 +37,15 @@ class HcclGroup:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """As `DeviceGroup.exchange`. `synchronize` makes the current stream wait, not the thread."""
         batch = [*(("isend", message) for message in sends), *(("irecv", message) for message in receives)]
-        work = self._library.batch_isend_irecv(
-            [kind for kind, _ in batch],
-            [message.tensor for _, message in batch],
-            [message.peer for _, message in batch],
-        )
-        work.synchronize()
+        try:
+            work = self._library.batch_isend_irecv(
+                [kind for kind, _ in batch],
+                [message.tensor for _, message in batch],
+                [message.peer for _, message in batch],
+            )
+            work.synchronize()
+        except RuntimeError as error:
+            raise RuntimeError(explained(error)) from error
 
     def abort(self) -> None:
         self._library.abort_hccl_comm("eplb")

@@ -104,7 +104,7 @@ int lost(const CommPointer &comm, const std::string &what) {
     if (comm->gives_up()) return kSuccess;  // destroyed by this process, which asks for the data no more
     comm->error = kTimeout;
     return fail(kStreamFailed,
-                "EI0006: rank %u of %s: %s: no answer within %d s. Check that every rank makes the same calls in the "
+                "EI0002: rank %u of %s: %s: no answer within %d s. Check that every rank makes the same calls in the "
                 "same order, and HCCL_EXEC_TIMEOUT",
                 comm->rank, comm->name.c_str(), what.c_str(), comm->timeout_s);
 }

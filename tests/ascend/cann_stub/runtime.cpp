@@ -91,7 +91,8 @@ int fail(int code, const char *format, ...) {
     va_start(arguments, format);
     std::vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    message = "EZ9999: [cann_stub] " + std::string(text);
+    const bool has_code = text[0] == 'E' && std::strlen(text) > 6 && text[6] == ':';  // as "EI0006: ..."
+    message = has_code ? text : "EZ9999: [cann_stub] " + std::string(text);
     return code;
 }
 

@@ -68,7 +68,7 @@ def connected(rank: int, num_ranks: int, store: Store, transport: str) -> Iterat
         backend.warm_up()
         yield backend
     finally:
-        _dawdle(1, 100)
+        dawdle(1, 100)
         backend.close()
 
 
@@ -81,7 +81,7 @@ def swap(
         addresses = [expert.data_ptr() for expert in own]
         faults: list[str] = []
         for number in range(ROUNDS):
-            _dawdle(number, DAWDLE_US)
+            dawdle(number, DAWDLE_US)
             asked = calls_of(
                 lambda number=number: faults.extend(_round(backend, own, rank, num_ranks, number))
             )
@@ -180,5 +180,5 @@ def _values(rank: int, number: int, slot: int) -> torch.Tensor:
     return torch.randn(SHAPE, generator=generator).half()
 
 
-def _dawdle(seed: int, most_us: int) -> None:
+def dawdle(seed: int, most_us: int) -> None:
     ctypes.CDLL("libascendcl.so").cann_stub_set_delay(ctypes.c_uint64(seed), ctypes.c_int64(most_us))

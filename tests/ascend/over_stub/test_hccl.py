@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -165,3 +167,27 @@ def mismatched(rank: int, num_ranks: int, store: Store) -> None:
         dist.all_reduce(torch.ones(3 + rank).npu())
         torch.npu.synchronize()
         time.sleep(10.0)
+
+
+def test_a_rank_that_never_comes_is_told_with_what_to_do(pair: RankPool) -> None:
+    """HCCL's own words and time-out, our advice, in one line."""
+    text = str(pair.run(alone)[0])
+    assert "EI0006: rank 0: not all of 2 ranks have joined within 2 s" in text
+    assert "check that all have started, the network between the devices" in text
+    assert "torch_npu: " in text
+    assert len(text.splitlines()) == 1
+
+
+def alone(rank: int, num_ranks: int, store: Store) -> str | None:
+    if rank != 0:
+        return None
+    torch.npu.set_device(rank)
+    group = new_group(
+        environment.torch_npu(), store, 0, 2, HcclOptions({}), watchdog_timeout=timedelta(minutes=1)
+    )
+    with mock.patch.dict(os.environ, {"HCCL_CONNECT_TIMEOUT": "2"}):
+        try:
+            group.exchange([Message(1, torch.ones(4).npu())], [])
+        except RuntimeError as error:
+            return str(error)
+    return "nothing was raised"

@@ -1,0 +1,63 @@
+"""Tensors and streams of the vendor's torch_npu: what runs later, and what the stub refuses by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch.distributed import Store
+
+from eplb_platform.testing.processes import RankPool
+from tests.ascend.over_stub.swaps import dawdle
+
+
+def test_copies_go_every_way_and_streams_run_later(pair: RankPool) -> None:
+    assert pair.run(copies) == [[], []]
+
+
+def copies(rank: int, num_ranks: int, store: Store) -> list[str]:
+    torch.npu.set_device(rank)
+    values = torch.randn(300, 70)
+    there = torch.empty_like(values, device="npu")
+    there.copy_(values)
+    beside = torch.empty_like(there).copy_(there.t().contiguous().t())
+    faults = [] if torch.equal(beside.cpu(), values) else ["a copy there and back is another"]
+    pinned = torch.zeros(300, 70, pin_memory=True)
+    stream, event = torch.npu.Stream(), torch.npu.Event()
+    torch.npu.synchronize()
+    passed_at_once = early = 0
+    for number in range(20):
+        dawdle(number, 20_000)
+        pinned.zero_()
+        with torch.npu.stream(stream):
+            pinned.copy_(there, non_blocking=True)
+            event.record()
+        passed_at_once += event.query()
+        early += not torch.equal(pinned, values)
+        event.synchronize()
+        if not torch.equal(pinned, values):
+            faults.append("an event passed before the copy in front of it")
+    dawdle(1, 100)
+    if passed_at_once > 15 or early < 5:
+        faults.append(
+            f"{passed_at_once} of 20 events passed at once, {early} copies were late: nothing runs later"
+        )
+    return faults
+
+
+def test_an_operator_that_the_stub_lacks_is_refused_by_name(pair: RankPool) -> None:
+    for outcome in pair.outcomes(unknown_operator):
+        assert outcome.error is not None
+        assert "[cann_stub] the stub has no operator Erfinv" in outcome.error
+
+
+def unknown_operator(rank: int, num_ranks: int, store: Store) -> None:
+    """The device is lost to torch_npu afterwards, hence the end of the process."""
+    torch.npu.set_device(rank)
+    try:
+        torch.zeros(3).npu().erfinv()
+        torch.npu.synchronize()
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+    os._exit(3)
