@@ -10,6 +10,7 @@ there is none, or no compiler, this says so and ends with 0.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -61,6 +62,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="cann-stub-") as shared:
             command = [str(python / "bin" / "python"), *sys.argv[1:]]
             return os.spawnve(os.P_WAIT, command[0], command, {**os.environ, **variables(python, shared)})
+    except subprocess.CalledProcessError as failed:
+        print(f"the stub of CANN cannot be built: {failed}\n{failed.stderr}", file=sys.stderr)
+        return 1
     except Unavailable as reason:
         print(f"SKIPPED {' '.join(sys.argv[1:])} over the stub of CANN: {reason}")
         return 0
