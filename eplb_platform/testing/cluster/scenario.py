@@ -15,7 +15,7 @@ TIMEOUT_S = 0.4
 
 ANY_STAGE = (
     Stage.START, Stage.COLLECT, Stage.PLAN, Stage.BROADCAST, Stage.COMPARE, Stage.SCHEDULE, Stage.FETCH,
-    Stage.AGREE, Stage.COMMIT, Stage.RECORD,
+    Stage.AGREE, Stage.COMMIT, Stage.COMMIT, Stage.COMMIT, Stage.RECORD,
 )  # fmt: skip
 
 PLANNER_FAULTS = ("planner exception", "planner time-out", "planner late", "planner nonsense")
@@ -28,7 +28,7 @@ ENGINE_FAULTS = (
     "store gone for all", "lost messages everywhere", "slow control plane everywhere", "idle engine",
     "full disk", "read-only folder", "pause", "pause on one rank", "rebalance now",
     "rebalance now on one rank", "invalidate", "drain", "a rank misses a meeting",
-    "ranks mean different meetings",
+    "ranks mean different meetings", "exception in a stage of all ranks",
 )  # fmt: skip
 LAST_FAULTS = ("rank dead", "shutdown", "planner never answers")
 """At most one in a run, and nothing has to be well after it."""
@@ -77,6 +77,8 @@ class Scenario:
     """The engine goes on without a rank that died."""
     deploys: bool = False
     """The weights are moved to another map before the first pass."""
+    odd_deploys: bool = False
+    """`odd_rank` is given another map to deploy than the others."""
     real_planner: bool = False
     """The configured algorithm plans."""
     device_group: bool = False
@@ -113,7 +115,7 @@ def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
         trace_record_path="trace.safetensors" if kind != "static" and draw.random() < 0.2 else None,
         log_balancedness=kind == "record only",
         expert_heat_collection_interval=interval,
-        algorithm_execution_interval=draw.choice((0, 0, 2, 5)),
+        algorithm_execution_interval=draw.choice((0, 0, 2, 5, 9)),
         load_windows=draw.choice((1, 2, 4)),
         load_collection_phase=draw.choice(("all", "all", "decode")),
         layer_updates_per_step=draw.choice((1, 1, 2, 4)),
@@ -151,6 +153,8 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
     """None, one, or a few at once."""
     if scenario.config.mode.value == "off" or draw.random() < 0.1:
         return scenario
+    if scenario.deploys and draw.random() < 0.2:
+        return replace(scenario, odd_deploys=True, odd_rank=draw.randrange(scenario.num_ranks))
     if draw.random() < 0.03:
         different = draw.choice(
             (
@@ -172,9 +176,12 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
 
 
 def _fault(scenario: Scenario, draw: random.Random) -> FaultPlan:
+    """Most faults strike one rank; what all ranks do at once is where a cycle may surprise the next one."""
     kind = draw.choices(
         (draw.choice(PLANNER_FAULTS), draw.choice(RANK_FAULTS), draw.choice(ENGINE_FAULTS)), (0.2, 0.5, 0.3)
     )[0]
+    if draw.random() < 0.08:
+        kind = "exception in a stage of all ranks"
     if kind == "transfer corrupted" and not scenario.config.verify_transfers:
         kind = "error in fetch"
     return _at(kind, draw.randrange(scenario.num_ranks), scenario, draw)
@@ -184,7 +191,7 @@ def _at(kind: str, rank: int, scenario: Scenario, draw: random.Random) -> FaultP
     """Half of the faults come at a stage: that is where most can go wrong."""
     step = draw.randint(1, max(1, scenario.quiet_step - 6))
     stage = None
-    if kind == "exception in a stage" or (
+    if kind.startswith("exception") or (
         kind in (*RANK_FAULTS, "rank dead", "shutdown") and draw.random() < 0.6
     ):
         stage = draw.choice(ANY_STAGE)

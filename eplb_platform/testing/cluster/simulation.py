@@ -35,7 +35,8 @@ from eplb_platform.topology import Topology
 
 RECOVERY_CYCLES = 4
 """So many collections, and the time-outs of so many cycles, are enough to be well again."""
-MEETING_FAULTS = ("lost messages", "store gone", "slow control plane", "rank frozen", "clock jump")
+MEETING_FAULTS = ("lost messages", "store gone", "slow", "rank frozen", "clock jump", "rank dead")
+MEETINGS = ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
 
 
 HARMLESS = {
@@ -107,6 +108,7 @@ class _Simulation:
         self.store = SimulatedStore(self.scheduler)
         self.network = Network(self.scheduler, scenario.num_ranks)
         deploy = self._map_to_deploy() if scenario.deploys else None
+        other = self._map_to_deploy() if scenario.odd_deploys else None
         self.ranks = [
             SimulatedRank(
                 rank,
@@ -115,7 +117,7 @@ class _Simulation:
                 self.network,
                 self._config_of(rank),
                 self.initial,
-                deploy,
+                other if other and rank == scenario.odd_rank else deploy,
                 folder,
             )
             for rank in range(scenario.num_ranks)
@@ -180,15 +182,18 @@ class _Simulation:
             self._look_for_recovery(step)
 
     def _lie_in_wait(self, fault: FaultPlan) -> None:
-        rank = self.ranks[fault.rank]
+        everywhere = fault.kind == "exception in a stage of all ranks"
+        for rank in self.ranks if everywhere else [self.ranks[fault.rank]]:
+            self._lie_in_wait_on(rank, fault)
 
+    def _lie_in_wait_on(self, rank: SimulatedRank, fault: FaultPlan) -> None:
         def observe(stage: Stage) -> None:
             if stage == fault.stage and self.engine.step < self.scenario.quiet_step:
                 rank.observers.remove(observe)
                 self._strike(fault)
                 if rank.is_dead:
                     raise InjectedError("dead")
-                if fault.kind == "exception in a stage":
+                if fault.kind.startswith("exception"):
                     raise InjectedError(f"injected into {stage}")
 
         rank.observers.append(observe)
@@ -208,7 +213,12 @@ class _Simulation:
         """
         draw, scenario = self.random, self.scenario
         purpose = kind if kind in ("invalidate", "drain") else draw.choice(("invalidate", "drain"))
-        may_fail = purpose != kind or any(fault.kind.startswith(MEETING_FAULTS) for fault in scenario.faults)
+        kinds = [fault.kind for fault in scenario.faults]
+        may_fail = (
+            purpose != kind
+            or any(one.startswith(MEETING_FAULTS) for one in kinds)
+            or sum(one in MEETINGS for one in kinds) > 1
+        )
         table = self.initial.physical_to_logical[
             :, draw.sample(range(self.initial.num_physical_experts), k=self.initial.num_physical_experts)
         ]
@@ -285,8 +295,8 @@ class _Simulation:
                 engine.violate("the recorded map was never in force")
         if not scenario.config.moves_experts and engine.commits.any():
             engine.violate("experts moved though the configuration only observes")
-        if scenario.different_config and engine.started:
-            engine.violate("ranks serve though their configurations differ")
+        if (scenario.different_config or scenario.odd_deploys) and engine.started:
+            engine.violate("ranks serve though their configurations differ, or the maps that they deploy")
         if not scenario.config.observes and any(key.startswith("cycle") for key in self.store.values):
             engine.violate("ranks speak to each other though nothing is observed")
         self._judge_keys()
@@ -450,6 +460,7 @@ _STRIKES: dict[str, Callable[[_Simulation, SimulatedRank], None]] = {
     **{kind: _record_fault(kind) for kind in ("full disk", "read-only folder")},
     **{f"error in {name}": _group_error(name) for name in ("fetch", "sum", "broadcast", "rebuild")},
     "exception in a stage": _nothing,
+    "exception in a stage of all ranks": _nothing,
     "slow rank": _slow_rank,
     "slow background": _weather(False, slowness=100, steps=30),
     "slow control plane": _weather(False, slowness=20),
@@ -470,7 +481,7 @@ _STRIKES: dict[str, Callable[[_Simulation, SimulatedRank], None]] = {
     "rebalance now on one rank": _rebalance_one,
     **{
         kind: _meeting(kind)
-        for kind in ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
+        for kind in MEETINGS
     },
     "rank dead": _die,
     "shutdown": _shut_down,

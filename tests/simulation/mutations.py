@@ -1,0 +1,169 @@
+"""For each rule of the system, a line that keeps it, and how to break it.
+
+The simulation must notice every one. A line stands here as it does in the source: when the source changes,
+`test_mutations.py` says which entry has to follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RUNTIME = "eplb_platform.runtime"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line of `module`, `line`, replaced by `broken`."""
+
+    rule: str
+    module: str
+    line: str
+    broken: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.module.rpartition('.')[2]}: {self.line.strip()}"
+
+
+WRONG_TOKEN = "Never a wrong token"
+STALL = "Never a stall that is not accounted for"
+INTERPRETER = "The interpreter lock is a stall too"
+EXCHANGE = "Device exchanges never race the model's collectives"
+LAST_GOOD = "Fail to the last good map"
+RECORDING = "Recording changes nothing"
+STATIC = "A static map is static"
+ONE_PLAN = "Every rank executes the same plan"
+COST = "Cost before benefit"
+PLACEMENT = "Replicas never share a rank; what stays keeps its slot"
+SHAPES = "Shapes and addresses of device tables never change"
+
+MUTATIONS = (
+    Mutation(
+        WRONG_TOKEN,
+        f"{RUNTIME}.gate",
+        "            return self._begin() if self._boundary == self._action_at else None",
+        "            return self._begin() if self._action_at is not None else None",
+    ),
+    Mutation(
+        WRONG_TOKEN,
+        f"{RUNTIME}.balancer",
+        "        self._route(chunk.layers, chunk.map_after, commit.tables)",
+        "        self._route(chunk.layers, chunk.map_after, commit.tables) if self._link.rank else None",
+    ),
+    Mutation(
+        WRONG_TOKEN,
+        f"{RUNTIME}.agreement",
+        "                verdict = await self._plane.settle(key, ending)",
+        "                verdict = ending",
+    ),
+    Mutation(
+        WRONG_TOKEN,
+        f"{RUNTIME}.forward_agreement",
+        "        self._gate.act_at(await self._agree_on_boundary(place, not_before), action)",
+        "        await self._agree_on_boundary(place, not_before); "
+        "self._gate.act_at(self._gate._promise or 0, action)",
+    ),
+    Mutation(
+        STALL,
+        f"{RUNTIME}.balancer",
+        "            wait = clock.now() - started",
+        "            wait = 0.0",
+    ),
+    Mutation(
+        STALL,
+        f"{RUNTIME}.cycle",
+        '            await self._places.agree(f"{place}/ready")',
+        '            await self._places.agree(f"{place}/ready"); self._link.gate.promise(1, 0)',
+    ),
+    Mutation(
+        STALL,
+        f"{RUNTIME}.forward_agreement",
+        "            gate.release()",
+        "            pass",
+    ),
+    Mutation(
+        INTERPRETER,
+        f"{RUNTIME}.cycle",
+        "            chunk.map_after.derive_tables()  #",
+        "            pass  #",
+    ),
+    Mutation(
+        EXCHANGE,
+        f"{RUNTIME}.cycle",
+        "            await group.prepare(chunk)",
+        "            await group.prepare(chunk); group.enqueue(chunk)",
+    ),
+    Mutation(
+        LAST_GOOD,
+        "eplb_platform.migration.transfer",
+        "        if len(differing):",
+        "        if False:",
+    ),
+    Mutation(
+        LAST_GOOD,
+        f"{RUNTIME}.cycle",
+        "        self.wanted_epoch = self.epoch + 1",
+        "        pass",
+    ),
+    Mutation(
+        LAST_GOOD,
+        f"{RUNTIME}.cycle",
+        "            await self._forward.until_executed()\n            self._count_commit(chunk, tables)",
+        "            pass",
+    ),
+    Mutation(
+        RECORDING,
+        f"{RUNTIME}.cycle",
+        "        if self._rules.moves_experts and planned != self._map:",
+        "        if planned != self._map:",
+    ),
+    Mutation(
+        RECORDING,
+        "eplb_platform.heat",
+        "            self._fold_layers(np.flatnonzero((old.physical_to_logical != new).any(axis=1)))",
+        "            pass",
+    ),
+    Mutation(
+        STATIC,
+        f"{RUNTIME}.balancer",
+        "        if not self.config.observes or",
+        "        if",
+    ),
+    Mutation(
+        STATIC,
+        f"{RUNTIME}.deployment",
+        "            await self.places.agree(place, offer, same, timeout_s=self.timeout_s)",
+        "            await self.places.agree(place, offer, max, timeout_s=self.timeout_s)",
+    ),
+    Mutation(
+        ONE_PLAN,
+        f"{RUNTIME}.cycle",
+        '            await self._places.agree("compare", fingerprint(*compared), same, '
+        "timeout_s=self._timeout_s)",
+        "",
+    ),
+    Mutation(
+        ONE_PLAN,
+        f"{RUNTIME}.cycle",
+        "                planned = await self._broadcast(planned)",
+        "                pass",
+    ),
+    Mutation(
+        COST,
+        f"{RUNTIME}.planning",
+        "        gains = (plan.balancedness > balancedness) & (balancedness < self.min_balancedness)",
+        "        gains = np.ones_like(balancedness, dtype=bool)",
+    ),
+    Mutation(
+        SHAPES,
+        f"{RUNTIME}.balancer",
+        "        self._route(range(expert_map.num_layers), expert_map, tables)\n        self.stats.invalid",
+        "        self._route(range(expert_map.num_layers), expert_map, tables and "
+        "RoutingTables.even(expert_map, tables.width + 1))\n        self.stats.invalid",
+    ),
+    Mutation(
+        SHAPES,
+        "eplb_platform.migration.transfer",
+        "        return parameter.detach()",
+        "        return parameter.detach().clone()",
+    ),
+)
