@@ -2,6 +2,7 @@
 #   make demo    serve a small model and watch it being balanced      make check   the quick part of the tests
 #   make test    everything that CI runs                              make bench   every benchmark
 #   make serve   serve a small model with vLLM and balancing, on a CPU, at port 8000
+#   make soak    simulate clusters of ranks with every fault until stopped
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,10 +16,10 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit lint unit processes kernels wheel vllm vllm-tests ascend ascend-tests serve bench clean
+.PHONY: help install demo test check audit lint unit simulation soak processes kernels wheel vllm vllm-tests ascend ascend-tests serve bench clean
 
 help:
-	@sed -n '1,4p' Makefile
+	@sed -n '1,5p' Makefile
 
 install: $(PROJECT)
 
@@ -47,6 +48,15 @@ unit: $(PROJECT)
 	$(BIN)/python -m pytest -q tests/unit
 
 check: lint unit
+
+# Many ranks in one process with every fault, and each rule broken once to see that it shows.
+SEEDS ?= 2000
+simulation: $(PROJECT)
+	$(BIN)/python -m pytest -q tests/simulation
+	$(BIN)/python -m eplb_platform.testing.cluster --seeds $(SEEDS)
+
+soak: $(PROJECT)
+	$(BIN)/python -m eplb_platform.testing.cluster --soak
 
 # Known vulnerabilities of what is installed; says why where it cannot be known, and fails only for a found one.
 audit: $(PROJECT)
@@ -87,7 +97,7 @@ serve: vllm
 # The environments are fetched while the quick part runs. What others publish overnight fails no build.
 test:
 	$(MAKE) --jobs=2 vllm check ascend
-	$(MAKE) kernels wheel processes ascend-tests vllm-tests
+	$(MAKE) kernels wheel simulation processes ascend-tests vllm-tests
 	-$(MAKE) audit
 
 bench: $(PROJECT)

@@ -153,6 +153,8 @@ class RankLink:
     open_epoch: int = 0
     """Of the device's group, where the forward thread makes it."""
     finished_keys: Sequence[str] = ()
+    untold: list[tuple[Agreement, str]] = field(default_factory=list)
+    """Cycles that failed here while the store was out of reach, and why: others may wait in them for ever."""
     members: Sequence[int] = ()
     generation: int = 0
 
@@ -278,6 +280,10 @@ class Cycle:
     async def _start(self) -> None:
         link, stale = self._link, self._link.finished_keys
         with self._timed(Stage.START):
+            while link.untold:
+                places, reason = link.untold[0]
+                await places.announce_failure(reason)
+                link.untold.pop(0)
             epoch = await self._places.agree("start", link.wanted_epoch, max)
             link.finished_keys = ()
             await link.plane.forget(stale)
@@ -471,7 +477,8 @@ class Cycle:
         try:
             reason = await self._places.announce_failure(reason)
         except Exception as error:
-            logger.error("cycle %d: cannot tell the other ranks: %s", self.report.number, error)
+            logger.error("cycle %d: cannot tell the other ranks yet: %s", self.report.number, error)
+            self._link.untold.append((self._places, reason))
         if self._in_group:
             self._link.break_group()
         return reason

@@ -49,7 +49,7 @@ def mutated(source: str, mutation: Mutation) -> str:
     return source.replace(mutation.line, mutation.broken)
 
 
-def first_violation(mutation: Mutation, seeds: Sequence[int] = range(SEEDS)) -> tuple[int, str] | None:
+def first_violation(mutation: Mutation, seeds: Sequence[int]) -> tuple[int, str] | None:
     """The first seed that notices, and what it says; None when none of `seeds` does."""
     context = multiprocessing.get_context("fork")  # what is slow to import is there already
     receiver, sender = context.Pipe(duplex=False)

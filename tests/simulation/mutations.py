@@ -19,6 +19,8 @@ class Mutation:
     module: str
     line: str
     broken: str
+    first_tried: int = 0
+    """A seed that noticed when this was written: the search begins there, and goes through all seeds."""
 
     def __str__(self) -> str:
         return f"{self.rule}: {self.module.rpartition('.')[2]}: {self.line.strip()}"
@@ -48,6 +50,7 @@ MUTATIONS = (
         f"{RUNTIME}.balancer",
         "        self._route(chunk.layers, chunk.map_after, commit.tables)",
         "        self._route(chunk.layers, chunk.map_after, commit.tables) if self._link.rank else None",
+        first_tried=2,
     ),
     Mutation(
         WRONG_TOKEN,
@@ -73,12 +76,14 @@ MUTATIONS = (
         f"{RUNTIME}.cycle",
         '            await self._places.agree(f"{place}/ready")',
         '            await self._places.agree(f"{place}/ready"); self._link.gate.promise(1, 0)',
+        first_tried=8,
     ),
     Mutation(
         STALL,
         f"{RUNTIME}.forward_agreement",
         "            gate.release()",
         "            pass",
+        first_tried=15,
     ),
     Mutation(
         INTERPRETER,
@@ -97,24 +102,28 @@ MUTATIONS = (
         "eplb_platform.migration.transfer",
         "        if len(differing):",
         "        if False:",
+        first_tried=61,
     ),
     Mutation(
         LAST_GOOD,
         f"{RUNTIME}.cycle",
         "        self.wanted_epoch = self.epoch + 1",
         "        pass",
+        first_tried=7,
     ),
     Mutation(
         LAST_GOOD,
         f"{RUNTIME}.cycle",
         "            await self._forward.until_executed()\n            self._count_commit(chunk, tables)",
         "            pass",
+        first_tried=337,
     ),
     Mutation(
         RECORDING,
         f"{RUNTIME}.cycle",
         "        if self._rules.moves_experts and planned != self._map:",
         "        if planned != self._map:",
+        first_tried=18,
     ),
     Mutation(
         RECORDING,
@@ -125,14 +134,16 @@ MUTATIONS = (
     Mutation(
         STATIC,
         f"{RUNTIME}.balancer",
-        "        if not self.config.observes or",
-        "        if",
+        "        if not self.config.observes or self._is_paused or self._is_closed or self._background",
+        "        if self._is_paused or self._is_closed or self._background",
+        first_tried=12,
     ),
     Mutation(
         STATIC,
         f"{RUNTIME}.deployment",
         "            await self.places.agree(place, offer, same, timeout_s=self.timeout_s)",
         "            await self.places.agree(place, offer, max, timeout_s=self.timeout_s)",
+        first_tried=45,
     ),
     Mutation(
         ONE_PLAN,
@@ -140,6 +151,7 @@ MUTATIONS = (
         '            await self._places.agree("compare", fingerprint(*compared), same, '
         "timeout_s=self._timeout_s)",
         "",
+        first_tried=153,
     ),
     Mutation(
         ONE_PLAN,
@@ -151,7 +163,8 @@ MUTATIONS = (
         COST,
         f"{RUNTIME}.planning",
         "        gains = (plan.balancedness > balancedness) & (balancedness < self.min_balancedness)",
-        "        gains = np.ones_like(balancedness, dtype=bool)",
+        "        gains = plan.balancedness > balancedness",
+        first_tried=7,
     ),
     Mutation(
         SHAPES,
@@ -159,6 +172,7 @@ MUTATIONS = (
         "        self._route(range(expert_map.num_layers), expert_map, tables)\n        self.stats.invalid",
         "        self._route(range(expert_map.num_layers), expert_map, tables and "
         "RoutingTables.even(expert_map, tables.width + 1))\n        self.stats.invalid",
+        first_tried=58,
     ),
     Mutation(
         SHAPES,

@@ -113,6 +113,14 @@ def test_a_process_that_was_stopped_for_long_serves_on(kind: str, stage: Stage) 
         assert result.recovered
 
 
+@pytest.mark.parametrize("stage", [Stage.START, Stage.COLLECT, Stage.FETCH, Stage.AGREE])
+def test_a_rank_that_could_not_tell_of_its_failure_does_so_later(stage: Stage) -> None:
+    """The others would else wait for it for ever, where no time-out ends a wait."""
+    for seed in range(4):
+        result = simulate(replace(CALM, seed=seed, faults=(FaultPlan("store gone", 6, 3, stage),)))
+        assert result.violations == []
+
+
 @pytest.mark.parametrize("tolerates", [False, True])
 def test_when_a_rank_dies_the_others_serve_on_or_all_end(tolerates: bool) -> None:
     death = FaultPlan("rank dead", 4, 3, Stage.COMMIT)

@@ -144,7 +144,9 @@ class SimulatedPlanner:
         self._check = check
         self._injected = injected
         self._choose = self._any_map if algorithm is None else algorithm.choose
-        self._judge = _no_judgement if algorithm is None else partial(_judge_plan, violate)
+        self._judge = (
+            _no_judgement if algorithm is None else partial(_judge_plan, violate, algorithm.min_balancedness)
+        )
 
     async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         self._check(load)
@@ -188,12 +190,17 @@ def _no_judgement(load: ExpertLoad, current: ExpertMap, planned: ExpertMap) -> N
 
 
 def _judge_plan(
-    violate: Callable[[str], None], load: ExpertLoad, current: ExpertMap, planned: ExpertMap
+    violate: Callable[[str], None],
+    min_balancedness: float,
+    load: ExpertLoad,
+    current: ExpertMap,
+    planned: ExpertMap,
 ) -> None:
     """A layer moves only for a gain; what stays on its rank keeps its slot; no rank holds an expert twice."""
     before, after = current.by_rank(), planned.by_rank()
     moves = (before != after).any(axis=(1, 2))
-    gains = window_balancedness(planned, load) > window_balancedness(current, load)
+    balancedness = window_balancedness(current, load)
+    gains = (window_balancedness(planned, load) > balancedness) & (balancedness < min_balancedness)
     if (moves & ~gains).any():
         violate(f"layers {np.flatnonzero(moves & ~gains).tolist()} move without a gain")
     if planned.same_rank_replicas[moves].any():

@@ -379,7 +379,12 @@ class SimulatedRank:
         )
 
     def _algorithm(self) -> AlgorithmPlanner:
-        return AlgorithmPlanner(self.config.algorithm, 1, self.config.transfer_timeout_s)
+        return AlgorithmPlanner(
+            self.config.algorithm,
+            1,
+            self.config.transfer_timeout_s,
+            min_balancedness=self.config.min_balancedness,
+        )
 
     def _the_migrator(self) -> Migrator:
         assert self._migrator is not None

@@ -123,6 +123,7 @@ def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
         staging_memory_mb=draw.choice((None, None, 16e-6 * (slots + 1))),
         transfer_timeout_s=TIMEOUT_S,
         verify_transfers=verify,
+        min_balancedness=0.6 if seed % 2 else 1.0,
         weighted_dispatch=draw.random() < 0.2,
         eplb_policy_type=draw.choice(("adaptive", "deepseek", "swift_balancer")),
     )
