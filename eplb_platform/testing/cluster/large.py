@@ -94,7 +94,7 @@ def large_scenario(num_ranks: int, num_layers: int, num_cycles: int, seed: int) 
             layer_updates_per_step=max(1, num_layers // 2),
             transfer_timeout_s=20.0,
         ),
-        quiet_step=(num_cycles - 1) * INTERVAL,
+        quiet_step=2 * num_cycles * INTERVAL,  # a cycle takes longer than its collection here
     )
 
 
