@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.records import load_trace
+from eplb_platform.records import compute_cost, load_trace
 from tests.vllm.conftest import PROMPTS, TOKENS, Models, Tokens, seconds_to_fail
 from tests.vllm.engine import Engine, EngineFailed
 from tests.vllm.snapshots import layouts, of_ranks, statuses
@@ -41,6 +41,9 @@ def engine(models: Models, folder: Path, recorded: Path, trace: Path) -> Iterato
         "verify_transfers": True,
         "log_balancedness": True,
         "log_balancedness_interval": 10,
+        "enable_expert_compute_profiling": True,
+        "expert_compute_profiling_warmup_steps": 2,
+        "compute_cost_record_path": str(folder / "cost.json"),
     }
     with Engine(models.demo, folder / "engine.log", tensor_parallel_size=2, eplb=eplb) as engine:
         yield engine
@@ -58,6 +61,23 @@ def test_tokens_stay_while_experts_move(engine: Engine, unbalanced: Tokens) -> N
         assert status["cycles"] >= 3
         assert status["moved_experts"] > 0
         assert status["failed_cycles"] == 0, status["last_error"]
+
+
+def test_kernels_are_timed_and_taken_apart(engine: Engine, folder: Path) -> None:
+    """One time for all experts of a layer, in which nearly every expert of this load had tokens."""
+    for status in statuses(engine):
+        assert status["profiled_passes"] > 10 and status["profiled_experts"] > 0.9
+        assert 0 < status["profiling_s"] < status["expert_compute_s"]
+        assert 0 <= status["compute_cost_residual"] < 2
+    assert 0 < statuses(engine)[0]["time_balancedness"] <= 1  # where the plans are made
+    cost = compute_cost.read(folder / "cost.json")
+    assert cost.shape == (LAYERS, EXPERTS) and np.isfinite(cost).mean() > 0.9
+    engine.rpc("eplb_stop_profiling")
+    first, second = engine.rpc("eplb_compute_statistics")
+    (model,) = first
+    assert first[model]["profiling_enabled"] is False
+    assert first[model]["layers"] == second[model]["layers"]
+    assert first[model]["layers"]["layer_0"]["expert_0"]["avg_time_per_token_ms"] >= 0
 
 
 def test_moved_experts_are_the_same_everywhere(engine: Engine) -> None:
