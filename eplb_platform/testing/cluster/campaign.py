@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
@@ -14,6 +15,8 @@ from multiprocessing import get_context
 from eplb_platform.testing.cluster.simulation import Result, simulate
 
 SEEDS_PER_TASK = 10
+COLLECT_AFTER = 50_000
+"""New objects between two looks of the garbage collector: a run makes many, and few of them in circles."""
 
 
 @dataclass
@@ -88,7 +91,9 @@ def run_seeds(
     tally, started = Tally(), time.monotonic()
     batches = _batches(seeds)
     workers = processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=gc.set_threshold, initargs=(COLLECT_AFTER,)
+    ) as pool:
         running = {
             pool.submit(_run_batch, batch, num_ranks) for batch in itertools.islice(batches, 2 * workers)
         }
