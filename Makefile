@@ -47,7 +47,8 @@ lint: $(PROJECT)
 unit: $(PROJECT)
 	$(BIN)/python -m pytest -q tests/unit
 
-check: lint unit
+check: $(PROJECT)
+	$(MAKE) --jobs=2 --output-sync=target lint unit
 
 # Many ranks in one process with every fault, and each rule broken once to see that it shows.
 SEEDS ?= 2000
@@ -94,10 +95,11 @@ serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi
 	PYTHON=$(VLLM)/bin/python examples/vllm/serve.sh $(SERVE_OPTIONS)
 
-# The environments are fetched while the quick part runs. What others publish overnight fails no build.
+# Two parts at a time, each printed when it has ended: most wait for processes to start, for time-outs, and, at
+# first, for the environments to be fetched. What others publish overnight fails no build.
 test:
-	$(MAKE) --jobs=2 vllm check ascend
-	$(MAKE) kernels wheel simulation processes ascend-tests vllm-tests
+	$(MAKE) --jobs=2 --output-sync=target vllm lint unit ascend
+	$(MAKE) --jobs=2 --output-sync=target vllm-tests processes simulation ascend-tests kernels wheel
 	-$(MAKE) audit
 
 bench: $(PROJECT)

@@ -78,9 +78,14 @@ class OneLayer:
         pass
 
 
-class Sleeper:
+class Hesitating:
+    """A planner that answers once it may."""
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+
     async def plan(self, load: object, current: ExpertMap) -> ExpertMap:
-        time.sleep(1.2)
+        self.may_answer.wait(10)
         return current
 
 
@@ -90,7 +95,8 @@ def test_a_planner_that_does_not_answer_is_reported_while_it_lasts(caplog: pytes
         transfer_timeout_s=0.4,
     )  # fmt: skip
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    balancer = start_balancer(config, OneLayer(), load_backend("cpu"), store, 0, planner=Sleeper())
+    planner = Hesitating()
+    balancer = start_balancer(config, OneLayer(), load_backend("cpu"), store, 0, planner=planner)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             balancer.step(np.ones((1, 4), dtype=np.int64))
@@ -98,6 +104,7 @@ def test_a_planner_that_does_not_answer_is_reported_while_it_lasts(caplog: pytes
         while not balancer.stats.stalls and time.monotonic() < deadline:
             time.sleep(0.02)
         status = balancer.status()
+        planner.may_answer.set()
     assert "rank 0: cycle 0, stage plan has not got on for" in caplog.text
     assert (status["state"], status["stalls"]) == ("plan", 1)
     balancer.close()
