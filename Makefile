@@ -10,13 +10,14 @@ DEPENDENCIES := $(VENV)/.dependencies-installed
 PROJECT      := $(VENV)/.project-installed
 VLLM         := .venv-vllm
 ASCEND       := .venv-ascend
+NIXL         := .nixl
 KERNEL_TESTS := $(addprefix tests/unit/test_,adaptive.py algorithms.py deepseek.py dispatch.py planning.py schedule.py)
 # One thread for each process: the tests run several ranks on few cores.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit lint unit simulation soak processes kernels wheel vllm vllm-tests ascend ascend-tests serve bench clean
+.PHONY: help install demo test check audit lint unit simulation soak processes kernels wheel vllm vllm-tests ascend ascend-tests nixl-tests serve bench clean
 
 help:
 	@sed -n '1,5p' Makefile
@@ -90,6 +91,15 @@ ascend: $(PROJECT)
 ascend-tests: ascend
 	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs --ignore tests/ascend/over_stub tests/ascend
 	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python tests/ascend/cann_stub/run.py -m pytest -q -rs tests/ascend/over_stub
+
+# NIXL, 340 MB, which nothing else needs: beside the environment, and not part of `test`.
+$(NIXL)/.installed: ci/requirements-nixl.txt $(PROJECT)
+	rm -rf $(NIXL)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NIXL) -r ci/requirements-nixl.txt
+	@touch $@
+
+nixl-tests: $(NIXL)/.installed
+	PYTHONPATH=$(CURDIR)/$(NIXL) $(BIN)/python -m pytest -q -rs tests/processes/test_nixl.py
 
 serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi

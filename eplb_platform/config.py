@@ -252,7 +252,7 @@ class EplbConfig(BaseModel):
     transport: _Transport = Field(
         default="auto",
         description="How weights move between devices: host, through pinned memory and gloo; collective, by "
-        "NCCL or HCCL, enqueued by the forward thread; nixl. auto leaves it to the backend.",
+        "NCCL or HCCL, enqueued by the forward thread; nixl, by NIXL. auto leaves it to the backend.",
     )
     backend_options: _Options = Field(
         default={},

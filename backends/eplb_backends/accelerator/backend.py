@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import ClassVar
@@ -10,13 +11,16 @@ import numpy as np
 import torch
 from torch.distributed import PrefixStore, Store
 
-from eplb_backends.accelerator import routing, weights
+from eplb_backends.accelerator import nixl_group, nixl_library, routing, weights
 from eplb_backends.accelerator.collective_transfer import CollectiveTransfer, DeviceGroup
-from eplb_backends.accelerator.host_transfer import HostTransfer
+from eplb_backends.accelerator.host_transfer import HostGroup, HostTransfer
+from eplb_backends.accelerator.nixl_group import NixlGroup, Rooms
 from eplb_backends.accelerator.transports import AUTO, TRANSPORTS, choose_transport
 from eplb_backends.accelerator.weights import DenseLayout
 from eplb_backends.cpu.gloo_backend import GlooBackend
 from eplb_platform.backend import GroupError, Message, PreparedExchange, StreamOperations
+
+_log = logging.getLogger(__name__)
 
 PINNED_BYTES = 128 * 2**20
 """Host memory through which a rank's weights pass."""
@@ -33,12 +37,15 @@ class AcceleratorBackend(GlooBackend):
 
     Made on the forward thread, with the model's device as the current one.
     transport: how weights move between ranks, one of `TRANSPORTS`, or "auto"; the same on every rank
-    pinned_bytes: host memory for "host", allocated by `connect`; the same on every rank
+    pinned_bytes: host memory for "host", allocated by `connect`; the same on every rank. "nixl" takes as
+        much, of the device where `nixl_reads_device`
     """
 
-    collective = "gloo"
+    collective = "nixl" if nixl_library.is_installed() else "gloo"
     device_collective: ClassVar[str | None] = None
     """What the transport "collective" uses: nccl, hccl; None where there is nothing."""
+    nixl_reads_device: ClassVar[bool] = False
+    """Whether NIXL reads and writes the device's memory; else host memory is between."""
     layout: ClassVar[DenseLayout] = DenseLayout()
     """Where the bytes of a weight are."""
 
@@ -53,6 +60,16 @@ class AcceleratorBackend(GlooBackend):
         super().__init__(streams)
         self._pinned_bytes = pinned_bytes
         self._transfer: HostTransfer | None = None
+        self._rooms: list[torch.Tensor] = []
+        """What `_transfer` goes through."""
+        self._nixl_group: NixlGroup | None = None
+        self._unquiet: list[NixlGroup] = []
+        """Closed ones whose reads may still write into their rooms."""
+        self._may_go_by_host = self.transport == AUTO
+        self._why_not_nixl = (
+            f"transport {transport!r}" if transport != AUTO else "NIXL is not installed, transport 'auto'"
+        )
+        self.collective = "gloo" if self.transport == "host" else "nixl"
         self._collective_transfer: CollectiveTransfer | None = None
         if self.transport == "collective" and self.device_collective is not None:
             self.collective = self.device_collective
@@ -69,6 +86,53 @@ class AcceleratorBackend(GlooBackend):
         else:
             self._transfer = self._new_transfer()
         self._room_for_checksums()
+
+    def regroup(self, epoch: int, ranks: Sequence[int]) -> None:
+        """As `Backend.regroup`. Raises `ValueError` for the transport "nixl" where a rank cannot go by it."""
+        super().regroup(epoch, ranks)
+        assert self._store is not None
+        if self._goes_by_nixl:
+            with self.streams.transfer():
+                self._join_by_nixl(self._store, epoch, ranks)
+        else:
+            nixl_group.decline(self._store, self._rank, epoch, self._why_not_nixl)
+
+    def _join_by_nixl(self, store: Store, epoch: int, ranks: Sequence[int]) -> None:
+        self._unquiet = [group for group in self._unquiet if not group.is_quiet()]
+        if self._nixl_group is not None and not self._nixl_group.is_quiet():
+            self._unquiet.append(self._nixl_group)
+            self._transfer = self._new_transfer()
+        group = NixlGroup(store, self._rank, ranks, epoch, Rooms(self._rooms))
+        self._nixl_group = group
+        control = self._open_group()
+        try:
+            group.join(self._timeout_s, is_given_up=lambda: control.is_closed)
+        except nixl_group.Declined as declined:
+            self._nixl_group = None
+            if not self._may_go_by_host:
+                self.abort()
+                raise ValueError(f"rank {self._rank}: no transport 'nixl': {declined}") from declined
+            self._go_by_host(str(declined))
+            return
+        except GroupError:
+            self.abort()
+            raise
+        if control.is_closed:
+            group.close()
+            raise GroupError(f"rank {self._rank}: the group was closed while NIXL connected it")
+        self.transport = "nixl"
+
+    def _go_by_host(self, reason: str) -> None:
+        """For good, as other ranks are told the same."""
+        if self._rank == self._ranks[0]:
+            _log.warning("%s: weights go through gloo, as not every rank has NIXL: %s", self.name, reason)
+        self.transport, self.collective, self._why_not_nixl = "host", "gloo", reason
+        if self.nixl_reads_device:
+            self._transfer = self._new_transfer()
+
+    @property
+    def _goes_by_nixl(self) -> bool:
+        return self.transport in ("nixl", AUTO)
 
     def warm_up(self) -> None:
         """As `Backend.warm_up`. Raises `ValueError` where rank 0 was given another transport, or other
@@ -94,13 +158,15 @@ class AcceleratorBackend(GlooBackend):
 
     def abort(self) -> None:
         super().abort()  # first, as it ends what the background thread waits for
+        if self._nixl_group is not None:
+            self._nixl_group.close()
         if self._transfer is not None:
             self._transfer.stop()
         if self._collective_transfer is not None:
             self._collective_transfer.stop()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        group = self._open_group()
+        group: HostGroup = self._open_group() if self._nixl_group is None else self._nixl_group
         if self._collective_transfer is not None:
             self._collective_transfer.prepare(sends, receives).enqueue()
             self._collective_transfer.wait("exchange", self._timeout_s)
@@ -188,6 +254,7 @@ class AcceleratorBackend(GlooBackend):
         )
 
     def _new_transfer(self) -> HostTransfer:
+        self._rooms = []
         return HostTransfer(
             self.streams,
             self.layout,
@@ -195,13 +262,21 @@ class AcceleratorBackend(GlooBackend):
             rank=self._rank,
             num_ranks=self._num_ranks,
             pinned_bytes=self._pinned_bytes,
-            allocate=self._allocate_octets,
+            allocate=self._allocate_room,
         )
 
     def _room_for_checksums(self) -> torch.Tensor:
         if self._checksum_room is None:
             self._checksum_room = self._allocate_octets(_CHECKSUM_BYTES)
         return self._checksum_room
+
+    def _allocate_room(self, nbytes: int) -> torch.Tensor:
+        if self._goes_by_nixl and self.nixl_reads_device:
+            room = torch.empty(nbytes, dtype=torch.uint8, device=self.device_type)
+        else:
+            room = self._allocate_octets(nbytes)
+        self._rooms.append(room)
+        return room
 
     def _allocate_octets(self, nbytes: int) -> torch.Tensor:
         return self.allocate_on_host((nbytes,), torch.uint8)

@@ -1,10 +1,12 @@
-"""Weights on their way from device to device through pinned host memory and gloo.
+"""Weights on their way from device to device through pinned host memory and gloo, or rooms that NIXL reads.
 
 What a pair of ranks has to say is one row of bytes, the same on both sides, cut into rounds of one size: a
 round is one message for each pair. Two halves of the pinned memory take turns, so that the device fills the
 next round while gloo sends this one:
 
     device --copy--> pinned --gloo--> pinned --copy--> device
+
+With NIXL the same goes through memory that it registered, of the host or of the device (`nixl_group`).
 
 The background thread does all of it. It waits for the device by looking at marks, with a time-out of its own.
 """
@@ -32,7 +34,7 @@ Pieces: TypeAlias = "list[torch.Tensor]"
 
 
 class HostGroup(Protocol):
-    """What carries the messages; as `GlooGroup`."""
+    """What carries the messages between the pinned memories; as `GlooGroup`, `NixlGroup`."""
 
     @property
     def is_closed(self) -> bool: ...

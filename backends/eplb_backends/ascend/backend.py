@@ -9,11 +9,16 @@ from typing import ClassVar, cast
 import torch
 from torch.distributed import Store, is_gloo_available
 
-from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
+from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams, nixl_library
 from eplb_backends.accelerator.backend import PINNED_BYTES
 from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_backends.accelerator.streams import EventTimer
-from eplb_backends.accelerator.transports import AUTO, check_has_effect, check_nothing_waits
+from eplb_backends.accelerator.transports import (
+    AUTO,
+    check_has_effect,
+    check_nothing_waits,
+    on_background_thread,
+)
 from eplb_backends.ascend import environment, hccl_group, nz_format, update_expert
 from eplb_backends.ascend.hccl_options import HcclOptions
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
@@ -64,7 +69,8 @@ class AscendBackend(AcceleratorBackend):
             count = environment.count_devices()
         except environment.Unavailable as missing:
             return Availability(False, str(missing), versions)
-        return Availability(True, f"{count} NPUs; transports 'host', 'collective' (HCCL)", versions)
+        reason = f"{count} NPUs; transports {on_background_thread()}, 'collective' (HCCL)"
+        return Availability(True, reason, versions | nixl_library.versions())
 
     def default_streams(self) -> StreamOperations:
         return TorchStreams(_module())

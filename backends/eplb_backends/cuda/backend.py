@@ -8,11 +8,16 @@ from typing import ClassVar, cast
 import torch
 from torch.distributed import Store, is_gloo_available, is_nccl_available
 
-from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
+from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams, nixl_library
 from eplb_backends.accelerator.backend import PINNED_BYTES
 from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_backends.accelerator.streams import EventTimer
-from eplb_backends.accelerator.transports import AUTO, check_has_effect, check_nothing_waits
+from eplb_backends.accelerator.transports import (
+    AUTO,
+    check_has_effect,
+    check_nothing_waits,
+    on_background_thread,
+)
 from eplb_backends.cuda.nccl_group import BLOCKING_WAIT, new_group
 from eplb_backends.cuda.nccl_options import NcclOptions
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
@@ -21,7 +26,7 @@ _MODULE = cast(DeviceModule, torch.cuda)
 
 
 class CudaBackend(AcceleratorBackend):
-    """Weights in GPU memory, moved through pinned host memory by gloo or by NCCL, in a group of its own.
+    """Weights in GPU memory, moved by NIXL, through pinned host memory by gloo, or by NCCL.
 
     nccl_options: of the NCCL group, as `nccl_options.KNOWN`; they need transport "collective"
     """
@@ -29,6 +34,7 @@ class CudaBackend(AcceleratorBackend):
     name: ClassVar[str] = "cuda"
     device_type: ClassVar[str] = "cuda"
     device_collective: ClassVar[str | None] = "nccl" if is_nccl_available() else None
+    nixl_reads_device: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -58,9 +64,10 @@ class CudaBackend(AcceleratorBackend):
             return Availability(
                 False, "torch sees no GPU: check the driver and CUDA_VISIBLE_DEVICES", versions
             )
-        nccl = "'host', 'collective' (NCCL)" if is_nccl_available() else "'host' (torch has no NCCL)"
+        nccl = ", 'collective' (NCCL)" if is_nccl_available() else " (torch has no NCCL)"
         tested = "; ROCm is not tested" if torch.version.hip else ""
-        return Availability(True, f"{count} GPUs; transports {nccl}{tested}", versions)
+        reason = f"{count} GPUs; transports {on_background_thread()}{nccl}{tested}"
+        return Availability(True, reason, versions)
 
     def default_streams(self) -> StreamOperations:
         return TorchStreams(_MODULE)
@@ -77,4 +84,4 @@ class CudaBackend(AcceleratorBackend):
 
 def _versions() -> dict[str, str]:
     versions = {"torch": str(torch.__version__), "cuda": torch.version.cuda, "rocm": torch.version.hip}
-    return {name: version for name, version in versions.items() if version}
+    return {name: version for name, version in versions.items() if version} | nixl_library.versions()

@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 import torch
 from torch.distributed import Store, is_gloo_available, is_xccl_available
 
-from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams
+from eplb_backends.accelerator import AcceleratorBackend, DeviceModule, TorchStreams, nixl_library
 from eplb_backends.accelerator.coalescing_group import CoalescingGroup, CoalescingLibrary
 from eplb_backends.accelerator.collective_transfer import DeviceGroup
 from eplb_backends.accelerator.streams import EventTimer
@@ -26,7 +26,7 @@ class XpuBackend(AcceleratorBackend):
 
     @classmethod
     def availability(cls) -> Availability:
-        versions = {"torch": str(torch.__version__)}
+        versions = {"torch": str(torch.__version__)} | nixl_library.versions()
         count = torch.xpu.device_count()
         if count == 0:
             return Availability(False, f"torch {torch.__version__} sees no XPU", versions)
