@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
@@ -13,19 +12,19 @@ from numpy.typing import NDArray
 
 from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.heat import HeatWindows, Phase
+from eplb_platform.heat import Phase
 from eplb_platform.records import RecordError
+from eplb_platform.runtime.accounting import CycleAccounts
 from eplb_platform.runtime.actions import Action, Commit, EnqueueExchange, OpenExchange
 from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import (
     Cycle,
-    CycleReport,
     CycleRules,
-    Outcome,
     RankLink,
     Stage,
 )
 from eplb_platform.runtime.gate import ForwardStopped
+from eplb_platform.runtime.locked_heat import LockedHeat
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer, run_blocking
@@ -51,39 +50,6 @@ ANSWER_TIMEOUTS = 2.0
 RESIZE_TIMEOUTS = 4.0
 """A step of a resize waits this many: a rank may end a cycle first."""
 LOOK_AGAIN_S = 0.005
-
-
-class LockedHeat:
-    """The rank's heat windows, shared by the forward thread that records and the background thread that
-    reads.
-    """
-
-    def __init__(self, windows: HeatWindows) -> None:
-        self._windows = windows
-        self._lock = threading.Lock()
-
-    def record(
-        self, load: NDArray[np.int64] | None, expert_map: ExpertMap, phase: Phase, is_dummy: bool
-    ) -> None:
-        with self._lock:
-            self._windows.record(load, expert_map, phase=phase, is_dummy=is_dummy)
-
-    def passes(self) -> int:
-        """Passes recorded since the start."""
-        with self._lock:
-            return self._windows.steps_recorded
-
-    def skip_to(self, passes: int) -> None:
-        with self._lock:
-            self._windows.skip_to(passes)
-
-    def completed_windows(self) -> int:
-        with self._lock:
-            return self._windows.completed_windows
-
-    def windows_until(self, end: int) -> NDArray[np.int64]:
-        with self._lock:
-            return self._windows.windows_until(end)
 
 
 class Balancer:
@@ -126,8 +92,11 @@ class Balancer:
     ) -> None:
         self.config = config
         self.stats = BalancerStats()
+        self._accounts = CycleAccounts(
+            self.stats, config, link,
+            model_name=model_name, migrator=migrator, tracer=tracer, profiling=profiling,
+        )  # fmt: skip
         self._model = model
-        self._model_name = model_name
         self._expert_map = expert_map
         self._tables = tables
         self._link = link
@@ -150,12 +119,9 @@ class Balancer:
         self._stage_since = 0.0
         self._waiting: Waiting | None = None
         self._map_since = link.clock.now()
-        self._last_cycle_end: float | None = None
-        self._last_success: float | None = None
         self._step_started: float | None = None
         self._next_cycle = 0
         self._last_start = 0
-        self._last_balancedness_line = 0
         self._is_requested = False
         self._is_paused = False
         self._is_closed = False
@@ -354,8 +320,7 @@ class Balancer:
         if not await self._background.close(self._rules.timeout_s):
             logger.warning("rank %d: the background thread is still in %s", self._link.rank, self.state)
         self._close_trace()
-        if self._profiling is not None:
-            self._account_profiling(self._profiling)
+        self._accounts.add_profiling()
         if self._on_close is not None:
             self._on_close()
 
@@ -399,8 +364,8 @@ class Balancer:
             "state": self.state,
             "algorithm": self.config.algorithm,
             "map_age_s": now - self._map_since,
-            "last_cycle_age_s": None if self._last_cycle_end is None else now - self._last_cycle_end,
-            "last_success_age_s": None if self._last_success is None else now - self._last_success,
+            "last_cycle_age_s": _since(self._accounts.last_end, now),
+            "last_success_age_s": _since(self._accounts.last_success, now),
             "next_cycle_steps": self._steps_to_next_cycle(),
             "step_running_s": 0.0 if step_started is None else now - step_started,
             "stage_running_s": 0.0 if self._stage is None else max(0.0, now - self._stage_since),
@@ -459,7 +424,7 @@ class Balancer:
             try:
                 self._tracer.open()
             except RecordError as error:
-                self._report_failed_record("at the start", "load trace", error)
+                self._accounts.add_failed_record("at the start", "load trace", error)
 
     async def _record_at(self, when: str, expert_map: ExpertMap) -> None:
         assert self._recorder is not None
@@ -467,12 +432,7 @@ class Balancer:
             await self._recorder.record(expert_map, keep_earlier=False)
             self.stats.records_written += 1
         except RecordError as error:
-            self._report_failed_record(when, "expert map", error)
-
-    def _report_failed_record(self, when: str, what: str, error: object) -> None:
-        self.stats.failed_records += 1
-        self.stats.last_error = str(error)
-        logger.warning("%s: the %s was not recorded: %s", when, what, error)
+            self._accounts.add_failed_record(when, "expert map", error)
 
     def _close_trace(self) -> None:
         if self._tracer is None or not self._link.plans:
@@ -480,7 +440,7 @@ class Balancer:
         try:
             self._tracer.close()
         except RecordError as error:
-            self._report_failed_record("at the end", "load trace", error)
+            self._accounts.add_failed_record("at the end", "load trace", error)
 
     # --- committing ---
 
@@ -748,7 +708,7 @@ class Balancer:
 
     async def _run(self, cycle: Cycle) -> None:
         try:
-            self._account(await cycle.run())
+            self._accounts.add(await cycle.run(), self._last_start)
         finally:
             self._stage = self._waiting = None
 
@@ -764,112 +724,6 @@ class Balancer:
         if self._observe_stage is not None:
             self._observe_stage(stage)
 
-    def _account(self, report: CycleReport) -> None:
-        stats = self.stats
-        self._last_cycle_end = self._link.clock.now()
-        stats.moved_experts += report.moved_experts
-        stats.skipped_layers += len(report.skipped_layers)
-        stats.planning_s += report.seconds.get(Stage.PLAN, 0.0)
-        stats.transfer_s += report.seconds.get(Stage.FETCH, 0.0)
-        if self._migrator is not None:
-            stats.bytes_received = self._migrator.bytes_received
-        if report.outcome is Outcome.FAILED:
-            stats.failed_cycles += 1
-            stats.last_error = report.reason
-        elif report.outcome is Outcome.CANCELLED:
-            stats.cancelled_cycles += 1
-        else:
-            stats.cycles += 1
-            stats.moved_cycles += report.outcome is Outcome.MOVED
-            stats.stayed_cycles += report.outcome is Outcome.STAYED
-            stats.no_load_cycles += report.outcome is Outcome.NO_LOAD
-            stats.last_success_step = stats.steps
-            self._last_success = self._last_cycle_end
-        self._account_record(report)
-        self._account_balancedness(report)
-        self._account_compute_time(report)
-        self._log(report)
-
-    def _account_record(self, report: CycleReport) -> None:
-        if report.record_error:
-            self._report_failed_record(f"cycle {report.number}", "expert map", report.record_error)
-        elif Stage.RECORD in report.seconds:
-            self.stats.records_written += 1
-        if report.trace_error:
-            self._report_failed_record(f"cycle {report.number}", "load trace", report.trace_error)
-        if self._tracer is not None and self._link.plans:
-            self.stats.trace_steps = self._tracer.num_steps
-
-    def _account_balancedness(self, report: CycleReport) -> None:
-        if report.balancedness is None:
-            return
-        self.stats.balancedness = float(report.balancedness.mean())
-        self.stats.worst_layer_balancedness = float(report.balancedness.min())
-        step = self._last_start
-        since_last = step - self._last_balancedness_line
-        if self.config.log_balancedness and since_last >= self.config.log_balancedness_interval:
-            self._last_balancedness_line = step
-            self._log_balancedness(step, report)
-
-    def _account_compute_time(self, report: CycleReport) -> None:
-        if self._profiling is None:
-            return
-        if report.time_balancedness is not None:
-            self.stats.time_balancedness = float(report.time_balancedness.mean())
-        self._account_profiling(self._profiling)
-        if report.cost_error:
-            self._report_failed_record(f"cycle {report.number}", "compute cost", report.cost_error)
-
-    def _account_profiling(self, profiling: ComputeProfiling) -> None:
-        stats = self.stats
-        stats.profiled_passes = profiling.measured_passes
-        stats.profiled_experts = profiling.measured_share
-        stats.expert_compute_s = profiling.measured_ms / 1e3
-        stats.profiling_s = profiling.profiler.overhead_ms / 1e3
-        stats.compute_cost_residual = profiling.residual
-
-    def _log_balancedness(self, step: int, report: CycleReport) -> None:
-        """What vLLM's line of that name says of a step, summed over layers, for a collection of steps."""
-        if report.rank_load is None:
-            return
-        mean, hottest = (float(tokens.sum()) for tokens in report.rank_load)
-        logger.info(
-            "EPLB step %d, model %s: avg_tokens=%.2f, max_tokens=%.0f, balancedness=%.4f "
-            "(mean over layers %.4f, worst layer %.4f) in this collection, steps to the end of the next: %d",
-            step, self._model_name, mean, hottest, mean / hottest if hottest else 1.0,
-            self.stats.balancedness, self.stats.worst_layer_balancedness,
-            max(0, step + self.config.expert_heat_collection_interval - self.stats.steps),
-        )  # fmt: skip
-
-    def _log(self, report: CycleReport) -> None:
-        """One line for each cycle from the rank that plans; failures from every rank that saw one."""
-        if report.outcome is Outcome.FAILED:
-            logger.warning(
-                "cycle %d failed after %d commits, the map in force stays: %s",
-                report.number, report.chunks_committed, report.reason,
-            )  # fmt: skip
-        elif self._link.plans:
-            logger.info(
-                "cycle %d: %s, %d experts in %d commits%s%s",
-                report.number, report.outcome, report.moved_experts, report.chunks_committed,
-                _gain(report), f" ({report.reason})" if report.reason else "",
-            )  # fmt: skip
-            self._log_compute_time()
-
-    def _log_compute_time(self) -> None:
-        stats = self.stats
-        if self._profiling is None or not stats.expert_compute_s:
-            return
-        residual = stats.compute_cost_residual
-        logger.info(
-            "compute time of %.0f %% of the experts is known; measuring it took this rank %.3f s in %d "
-            "passes, %.2f %% of the time that it measured%s",
-            100 * stats.profiled_experts, stats.profiling_s, stats.profiled_passes,
-            100 * stats.profiling_s / stats.expert_compute_s,
-            "" if residual is None else f"; the fit leaves {100 * residual:.1f} % unexplained",
-        )  # fmt: skip
-
-
 def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> list[int]:
     ranks = sorted(set(dead))
     for rank in ranks:
@@ -879,13 +733,5 @@ def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> l
     return ranks
 
 
-def _gain(report: CycleReport) -> str:
-    if report.balancedness is None or report.planned_balancedness is None:
-        return ""
-    gain = (
-        f", balancedness {report.balancedness.mean():.3f} planned to {report.planned_balancedness.mean():.3f}"
-    )
-    now, planned = report.time_balancedness, report.planned_time_balancedness
-    if now is None or planned is None:
-        return gain
-    return f"{gain}, of time {now.mean():.3f} planned to {planned.mean():.3f}"
+def _since(moment: float | None, now: float) -> float | None:
+    return None if moment is None else now - moment

@@ -22,11 +22,12 @@ from eplb_platform.migration.schedule import warm_up as warm_up_schedule
 from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.agreement import Agreement
-from eplb_platform.runtime.balancer import Balancer, LockedHeat
+from eplb_platform.runtime.balancer import Balancer
 from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import CycleRules, RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import ForwardGate
+from eplb_platform.runtime.locked_heat import LockedHeat
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
 from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer, run_blocking

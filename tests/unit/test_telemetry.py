@@ -170,7 +170,7 @@ def test_a_model_name_may_hold_anything() -> None:
 
 
 def test_balancedness_is_logged_with_what_vllm_s_line_has(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "eplb_platform.runtime.balancer")
+    caplog.set_level(logging.INFO, "eplb_platform.runtime.accounting")
     with after_cycles(9, log_balancedness=True, log_balancedness_interval=6):
         lines = [record.getMessage() for record in caplog.records if "balancedness=" in record.getMessage()]
     steps = [int(line.removeprefix("EPLB step ").partition(",")[0]) for line in lines]

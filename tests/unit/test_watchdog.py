@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -49,24 +50,31 @@ def test_the_missing_ranks_are_named() -> None:
 
 
 def test_a_rank_that_waits_long_learns_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the others comes once rank 0 has missed it."""
     monkeypatch.setattr("eplb_platform.runtime.agreement.LOOK_WHO_S", 0.02)
-    store, seen = HashStore(), []
-    clock = ThreadClock(threading.Condition())
+    store, clock = HashStore(), ThreadClock(threading.Condition())
+    others: dict[int, threading.Thread] = {}
+    seen: list[Waiting | None] = []
 
-    def place(rank: int) -> Agreement:
-        plane = StoreControlPlane(store)
-        return Agreement(plane, clock, scope="cycle/7", rank=rank, ranks=(0, 2, 5), on_wait=seen.append)
+    def arrive(rank: int, on_wait: Callable[[Waiting | None], None]) -> None:
+        place = Agreement(
+            StoreControlPlane(store), clock, scope="cycle/7", rank=rank, ranks=(0, 2, 5), on_wait=on_wait
+        )
+        run_blocking(place.agree("start", timeout_s=60))
 
-    others = threading.Timer(0.2, lambda: run_blocking(place(2).agree("start")))
-    last = threading.Timer(0.4, lambda: run_blocking(place(5).agree("start")))
-    others.start()
-    last.start()
-    run_blocking(place(0).agree("start"))
-    others.join()
-    last.join()
-    of_rank_0 = [waiting for waiting in seen if waiting is None or 0 not in waiting.missing]
-    assert Waiting("cycle/7/start", [2, 5]) in of_rank_0
-    assert Waiting("cycle/7/start", [5]) in of_rank_0
+    def note(waiting: Waiting | None) -> None:
+        seen.append(waiting)
+        missing = () if waiting is None else waiting.missing
+        if missing and missing[0] not in others:
+            others[missing[0]] = threading.Thread(target=arrive, args=(missing[0], lambda _: None))
+            others[missing[0]].start()
+
+    arrive(0, note)
+    for other in others.values():
+        other.join()
+    assert list(others) == [2, 5]
+    assert seen[0] == Waiting("cycle/7/start", [2, 5])
+    assert Waiting("cycle/7/start", [5]) in seen
     assert seen[-1] is None
 
 
