@@ -93,7 +93,7 @@ ascend-tests: ascend
 	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python tests/ascend/cann_stub/run.py -m pytest -q -rs tests/ascend/over_stub
 
 # NIXL, 340 MB, which nothing else needs: beside the environment, and not part of `test`.
-$(NIXL)/.installed: ci/requirements-nixl.txt $(PROJECT)
+$(NIXL)/.installed: ci/requirements-nixl.txt | $(PROJECT)
 	rm -rf $(NIXL)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(NIXL) -r ci/requirements-nixl.txt
 	@touch $@

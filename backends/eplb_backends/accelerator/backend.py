@@ -124,8 +124,10 @@ class AcceleratorBackend(GlooBackend):
 
     def _go_by_host(self, reason: str) -> None:
         """For good, as other ranks are told the same."""
-        if self._rank == self._ranks[0]:
-            _log.warning("%s: weights go through gloo, as not every rank has NIXL: %s", self.name, reason)
+        level = logging.WARNING if self._rank == self._ranks[0] else logging.INFO
+        _log.log(
+            level, "%s: weights go through gloo, as NIXL cannot be used on every rank: %s", self.name, reason
+        )
         self.transport, self.collective, self._why_not_nixl = "host", "gloo", reason
         if self.nixl_reads_device:
             self._transfer = self._new_transfer()
