@@ -173,6 +173,7 @@ def parse(text: str) -> list[ModelState]:
 
 def _fetch(address: str) -> str:
     from http.client import HTTPException
+    from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
     deadline = time.monotonic() + TIMEOUT_S
@@ -188,7 +189,8 @@ def _fetch(address: str) -> str:
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"status: {address}: {error}") from error
+        why = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        raise BadInput(f"status: {address}: {why}") from error
     return content.decode(errors="replace")
 
 
