@@ -99,7 +99,8 @@ $(NIXL)/.installed: ci/requirements-nixl.txt | $(PROJECT)
 	@touch $@
 
 nixl-tests: $(NIXL)/.installed
-	PYTHONPATH=$(CURDIR)/$(NIXL) $(BIN)/python -m pytest -q -rs tests/processes/test_nixl.py
+	PYTHONPATH=$(CURDIR)/$(NIXL) $(BIN)/python -m pytest -q -rs tests/processes/test_nixl.py \
+	  tests/processes/test_accelerator_migration.py
 
 serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi

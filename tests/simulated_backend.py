@@ -31,6 +31,8 @@ class SimulatedBackend(AcceleratorBackend):
         self.streams = streams
         assert self._transfer is not None
         self._transfer = self._new_transfer()
+        if self._nixl_group is not None:  # which knows the rooms of the one before
+            self.rebuild(self._epoch + 1)
 
     def timer(self) -> DeviceTimer:
         assert isinstance(self.streams, SimulatedStreams)

@@ -724,6 +724,7 @@ class Balancer:
         if self._observe_stage is not None:
             self._observe_stage(stage)
 
+
 def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> list[int]:
     ranks = sorted(set(dead))
     for rank in ranks:

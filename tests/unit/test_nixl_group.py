@@ -207,6 +207,42 @@ def test_a_rank_that_is_missing_ends_the_join_in_time(fabric: Fabric) -> None:
         group.join(0.1, is_given_up=lambda: False)
 
 
+class ReadsDevice(SimulatedBackend):
+    nixl_reads_device = True
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_rooms_on_the_device_serve_unless_gloo_has_to(
+    fabric: Fabric, monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    def agent(name: str) -> SimulatedAgent:
+        if not starts and name.startswith("eplb-0-1-"):
+            raise RuntimeError("no plugin")
+        return fabric.agent(name)
+
+    monkeypatch.setattr(nixl_library, "new_agent", agent)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def swap(rank: int) -> tuple[str, str, int]:
+        backend = ReadsDevice(transport="auto", pinned_bytes=8 * ROOM)
+        backend.connect(store, rank, 2, timeout_s=5.0)
+        backend.warm_up()
+        received = torch.zeros(5 * ROOM, dtype=torch.uint8)
+        with backend.streams.transfer():
+            backend.exchange(
+                [Message(1 - rank, torch.full_like(received, 5 + rank))], [Message(1 - rank, received)]
+            )
+            while not backend.streams.passed(backend.streams.record()):
+                pass
+        backend.close()
+        return backend.transport, backend.collective, int(received.unique())
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(swap, range(2)))
+    way = ("nixl", "nixl") if starts else ("host", "gloo")
+    assert found == [(*way, 6), (*way, 5)]
+
+
 def test_a_read_that_lands_in_a_later_epoch_spoils_nothing(fabric: Fabric) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     backends = [SimulatedBackend(transport="auto", pinned_bytes=8 * ROOM) for _ in range(2)]

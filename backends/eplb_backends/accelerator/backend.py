@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import ClassVar
@@ -15,6 +16,7 @@ from eplb_backends.accelerator import nixl_group, nixl_library, routing, weights
 from eplb_backends.accelerator.collective_transfer import CollectiveTransfer, DeviceGroup
 from eplb_backends.accelerator.host_transfer import HostGroup, HostTransfer
 from eplb_backends.accelerator.nixl_group import NixlGroup, Rooms
+from eplb_backends.accelerator.streams import wait_on_host
 from eplb_backends.accelerator.transports import AUTO, TRANSPORTS, choose_transport
 from eplb_backends.accelerator.weights import DenseLayout
 from eplb_backends.cpu.gloo_backend import GlooBackend
@@ -99,16 +101,14 @@ class AcceleratorBackend(GlooBackend):
 
     def _join_by_nixl(self, store: Store, epoch: int, ranks: Sequence[int]) -> None:
         self._unquiet = [group for group in self._unquiet if not group.is_quiet()]
-        if self._nixl_group is not None and not self._nixl_group.is_quiet():
-            self._unquiet.append(self._nixl_group)
-            self._transfer = self._new_transfer()
+        self._leave_nixl_group()
         group = NixlGroup(store, self._rank, ranks, epoch, Rooms(self._rooms))
         self._nixl_group = group
         control = self._open_group()
         try:
             group.join(self._timeout_s, is_given_up=lambda: control.is_closed)
         except nixl_group.Declined as declined:
-            self._nixl_group = None
+            self._leave_nixl_group()
             if not self._may_go_by_host:
                 self.abort()
                 raise ValueError(f"rank {self._rank}: no transport 'nixl': {declined}") from declined
@@ -121,6 +121,13 @@ class AcceleratorBackend(GlooBackend):
             group.close()
             raise GroupError(f"rank {self._rank}: the group was closed while NIXL connected it")
         self.transport = "nixl"
+
+    def _leave_nixl_group(self) -> None:
+        """The rooms are used again unless a read may still write into them."""
+        group, self._nixl_group = self._nixl_group, None
+        if group is not None and not group.is_quiet():
+            self._unquiet.append(group)
+            self._transfer = self._new_transfer()
 
     def _go_by_host(self, reason: str) -> None:
         """For good, as other ranks are told the same."""
@@ -275,10 +282,16 @@ class AcceleratorBackend(GlooBackend):
     def _allocate_room(self, nbytes: int) -> torch.Tensor:
         if self._goes_by_nixl and self.nixl_reads_device:
             room = torch.empty(nbytes, dtype=torch.uint8, device=self.device_type)
+            self._await_former_owner()
         else:
             room = self._allocate_octets(nbytes)
         self._rooms.append(room)
         return room
+
+    def _await_former_owner(self) -> None:
+        """What the allocator gives may still be written on this stream; peers do not wait for that."""
+        if not wait_on_host(self.streams, self.streams.record(), time.monotonic() + self._timeout_s):
+            raise GroupError(f"rank {self._rank}: the device was not done within {self._timeout_s:g} s")
 
     def _allocate_octets(self, nbytes: int) -> torch.Tensor:
         return self.allocate_on_host((nbytes,), torch.uint8)
