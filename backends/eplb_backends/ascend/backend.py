@@ -62,7 +62,7 @@ class AscendBackend(AcceleratorBackend):
     @classmethod
     def availability(cls) -> Availability:
         """As `Backend.availability`. Imports torch_npu where CANN can be loaded; initialises no device."""
-        versions = environment.versions()
+        versions = environment.versions() | nixl_library.versions()
         if not is_gloo_available():
             return Availability(False, f"torch {torch.__version__} was built without gloo", versions)
         try:
@@ -70,7 +70,7 @@ class AscendBackend(AcceleratorBackend):
         except environment.Unavailable as missing:
             return Availability(False, str(missing), versions)
         reason = f"{count} NPUs; transports {on_background_thread()}, 'collective' (HCCL)"
-        return Availability(True, reason, versions | nixl_library.versions())
+        return Availability(True, reason, versions)
 
     def default_streams(self) -> StreamOperations:
         return TorchStreams(_module())
