@@ -153,9 +153,9 @@ class Agreement:
         """
         return self._act_on(await self._plane.settle(f"{self._prefix}/{place}", f"failed {reason}"))
 
-    async def announce_failure(self, reason: str) -> str:
-        """Tell ranks that wait anywhere in this cycle that it is over; returns the reason that stands."""
-        return (await self._plane.settle(self._end_key, f"failed {reason}")).partition(" ")[2]
+    async def announce_failure(self, reason: str) -> CycleAborted:
+        """Tell ranks that wait anywhere in this cycle that it is over; returns the end that stands."""
+        return _ended(await self._plane.settle(self._end_key, f"failed {reason}"))
 
     async def announce_end(self, reason: str) -> None:
         """The same, where nothing failed."""
@@ -203,7 +203,7 @@ class Agreement:
     def _act_on(verdict: str) -> int:
         word, _, rest = verdict.partition(" ")
         if word != "agreed":
-            raise CycleAborted(rest, is_cancelled=word == "cancelled")
+            raise _ended(verdict)
         return int(rest)
 
     def _verdict(self, offers: Sequence[str], choose: Callable[[Sequence[int]], int]) -> str:
@@ -212,3 +212,8 @@ class Agreement:
         except Disagreement as found:
             differing = ", ".join(str(self._ranks[place]) for place in found.places)
             return f"failed rank {differing} differs from rank {self._ranks[found.first]}"
+
+
+def _ended(verdict: str) -> CycleAborted:
+    word, _, reason = verdict.partition(" ")
+    return CycleAborted(reason, is_cancelled=word == "cancelled")

@@ -240,10 +240,11 @@ class Cycle:
         except ActionsDropped as dropped:
             await self._end(str(dropped), Outcome.CANCELLED)
         except CycleAborted as aborted:
-            await self._end(str(aborted), Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED)
+            await self._end(str(aborted), _outcome_of(aborted))
         except Exception as error:
             reason = f"rank {self._link.rank}: {self._stage}: {type(error).__name__}: {error}"
-            await self._end(await self._announce(reason), Outcome.FAILED)
+            ended = await self._announce(reason)
+            await self._end(str(ended), _outcome_of(ended))
         finally:
             self._link.finished_keys = [*self._link.finished_keys, *self._places.keys]
         return self.report
@@ -472,16 +473,20 @@ class Cycle:
 
     # --- how a cycle ends early ---
 
-    async def _announce(self, reason: str) -> str:
-        """Tell the others first, then close the group: the reason they see is the true one."""
+    async def _announce(self, reason: str) -> CycleAborted:
+        """Tell the others first, then close the group: the reason they see is the true one.
+
+        Returns the end that stands: where another rank left first, an error here is what came of it.
+        """
+        ended = CycleAborted(reason, is_cancelled=False)
         try:
-            reason = await self._places.announce_failure(reason)
+            ended = await self._places.announce_failure(reason)
         except Exception as error:
             logger.error("cycle %d: cannot tell the other ranks yet: %s", self.report.number, error)
             self._link.untold.append((self._places, reason))
         if self._in_group:
             self._link.break_group()
-        return reason
+        return ended
 
     async def _end(self, reason: str, outcome: Outcome) -> None:
         self.report.reason, self.report.outcome = reason, outcome
@@ -523,3 +528,7 @@ def _check_plan(planned: object, current: ExpertMap) -> None:
         or planned.topology != current.topology
     ):
         raise ValueError(f"the planner returned {planned!r}, expected one like {current!r}")
+
+
+def _outcome_of(aborted: CycleAborted) -> Outcome:
+    return Outcome.CANCELLED if aborted.is_cancelled else Outcome.FAILED

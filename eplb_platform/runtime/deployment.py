@@ -112,7 +112,7 @@ class Deployment:
         """Tell the others before what is pending ends: the reason they see is the true one."""
         reason = f"rank {self.rank}: {type(error).__name__}: {error}"
         try:
-            reason = await self.places.announce_failure(reason)
+            reason = str(await self.places.announce_failure(reason))
         except Exception as lost:
             logger.error("rank %d: cannot tell the other ranks: %s", self.rank, lost)
         return reason

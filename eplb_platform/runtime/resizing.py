@@ -207,7 +207,7 @@ class Resizing:
         """Tell the others first: the reason they see is the true one."""
         reason = f"rank {self.link.rank}: {type(error).__name__}: {error}"
         try:
-            reason = await self._places.announce_failure(reason)
+            reason = str(await self._places.announce_failure(reason))
         except Exception as lost:
             logger.error("rank %d: cannot tell the other ranks: %s", self.link.rank, lost)
         self._give_up()

@@ -204,7 +204,7 @@ class SimulatedRank:
         except ForwardStopped as stopped:
             self.ending = f"stopped: {stopped}"
             engine.leave(self.rank, self.ending)
-            if not self.weather.has_lost:
+            if not self.weather.has_lost and not self._waits_for_planner(stopped):
                 engine.violate(f"rank {self.rank} {self.ending}, though it could reach the store")
         await self.close()
 
@@ -286,6 +286,7 @@ class SimulatedRank:
     async def meet(self, call: Callable[[], Awaitable[None]], *, may_fail: bool) -> None:
         """A call that all forward threads make; it ends in time, and fails only where it may."""
         started, slept = self.clock.now(), self.slept_s
+        commits = self.balancer.stats.commits
         try:
             await call()
         except MeetingFailed as failed:
@@ -295,6 +296,12 @@ class SimulatedRank:
         took = self.clock.now() - started - (self.slept_s - slept)
         if took > 5 * self.config.transfer_timeout_s:
             self.engine.violate(f"rank {self.rank}: a meeting took {took:.3f} s")
+        if self.balancer.stats.commits != commits:
+            self.engine.committed(self.rank, self.balancer.expert_map)
+
+    def _waits_for_planner(self, stopped: ForwardStopped) -> bool:
+        """A meeting ends the running cycle, which cannot end before its planner answers."""
+        return "planner never answers" in self.engine.injected and "still in plan" in str(stopped)
 
     # --- what goes wrong ---
 

@@ -253,7 +253,8 @@ class _Simulation:
     def _look_for_recovery(self, step: int) -> None:
         """From the quiet step on, a cycle must succeed in due time."""
         scenario, engine = self.scenario, self.engine
-        if not scenario.config.observes or self.is_permanent or engine.failure:
+        someone_left = len(engine.members) < scenario.num_ranks
+        if not scenario.config.observes or self.is_permanent or engine.failure or someone_left:
             engine.last_pass = step + 3
             return
         stats = [self.ranks[rank].balancer.stats for rank in sorted(engine.members)]
