@@ -77,8 +77,16 @@ def test_a_failure_elsewhere_reaches_ranks_that_wait() -> None:
 
 def test_the_first_failure_is_the_one_that_all_ranks_report() -> None:
     store = HashStore()
-    assert run_blocking(join(store, 1).announce_failure("first")) == "first"
-    assert run_blocking(join(store, 2).announce_failure("second")) == "first"
+    for rank, reason in ((1, "first"), (2, "second")):
+        ended = run_blocking(join(store, rank).announce_failure(reason))
+        assert (str(ended), ended.is_cancelled) == ("first", False)
+
+
+def test_a_failure_that_comes_of_a_cancelled_cycle_is_none() -> None:
+    store = HashStore()
+    run_blocking(join(store, 1).announce_end("rank 1: closing"))
+    ended = run_blocking(join(store, 2).announce_failure("rank 2: the group was closed"))
+    assert (str(ended), ended.is_cancelled) == ("rank 1: closing", True)
 
 
 def test_a_rank_that_is_closing_cancels_the_cycle_everywhere() -> None:
