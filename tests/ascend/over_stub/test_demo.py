@@ -35,7 +35,7 @@ def demo(folder: Path, backend: str) -> DemoResult:
     return run_demo(check(replace(settings)), Unwatched())
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_its_tokens_are_those_of_the_cpu(tmp_path: Path) -> None:
     on_device, on_host = demo(tmp_path, "ascend"), demo(tmp_path, "cpu")
     assert on_device.different_tokens == []
