@@ -633,8 +633,11 @@ class Balancer:
         link = self._link
         stale, link.finished_keys = link.finished_keys, ()
         link.members, link.generation = tuple(verdict.active_ranks), self._resizes.generation
-        await self._meetings.plane.forget(stale)
-        await self._meetings.start_anew()
+        try:
+            await self._meetings.plane.forget(stale)
+            await self._meetings.start_anew()
+        except Exception as error:  # what was agreed stands; keys stay behind in the store
+            logger.warning("rank %d: resize: keys were not deleted: %s", link.rank, error)
 
     # --- cycles ---
 

@@ -26,7 +26,14 @@ LEADER_TIMEOUTS = 2.0
 class ResizeError(RuntimeError):
     """The active ranks are what they were. One line, with the rank and the reason; `resize` may be called
     again.
+
+    gone: ranks without which the others went on, since they are dead or did not come in time. They take no
+        part any more even if they live: the next call leaves them out, or lets them join
     """
+
+    def __init__(self, line: str, gone: Sequence[int] = ()) -> None:
+        self.gone = tuple(gone)
+        super().__init__(line)
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,14 @@ class ResizeMeetings:
         self._stale: Sequence[str] = ()
 
     async def incarnation(self) -> int:
-        """The number of this process among those that this rank has had."""
-        if not self._incarnation:
-            self._incarnation = await self.plane.count(f"resize/incarnation/{self._link.rank}")
+        """The number of this process among those that this rank has had. Raises `ForwardStopped` when this
+        rank cannot learn it.
+        """
+        rank = self._link.rank
+        try:
+            self._incarnation = self._incarnation or await self.plane.count(f"resize/incarnation/{rank}")
+        except Exception as error:
+            raise ForwardStopped(f"resize: rank {rank} cannot reach the store: {error}") from error
         return self._incarnation
 
     def forget_later(self, keys: Sequence[str]) -> None:

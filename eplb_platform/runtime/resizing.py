@@ -41,7 +41,8 @@ class LostExpertsError(ResizeError):
         self.experts = tuple(experts)
         super().__init__(
             f"resize: {len(self.experts)} experts have no replica on a living rank (ranks {list(gone)} are "
-            f"gone): {named(self.experts)}; give `load_expert`, or start the model anew"
+            f"gone): {named(self.experts)}; give `load_expert`, or start the model anew",
+            gone,
         )
 
 
@@ -127,7 +128,7 @@ class Resizing:
             return target
         except CycleAborted as aborted:
             self._give_up()
-            raise ResizeError(f"resize: {aborted}; the active ranks are what they were") from aborted
+            raise self._refusal(str(aborted)) from aborted
         except Exception as error:
             await self._fail(error)
 
@@ -172,9 +173,9 @@ class Resizing:
             staging_slots=await self._staging_slots(),
         )
         if self.link.group.enqueues_on_forward:
-            raise ResizeError(
-                "resize: weights have to move, which the backend's transport by the forward thread cannot do "
-                "then: choose transport 'host'; the active ranks are what they were"
+            raise self._refusal(
+                "weights have to move, which the backend's transport by the forward thread cannot do then: "
+                "choose transport 'host'"
             )
         for index, chunk in enumerate(chunks):
             await self.link.group.fetch(chunk)
@@ -213,7 +214,12 @@ class Resizing:
         self._give_up()
         if isinstance(error, ResizeError | ForwardStopped):
             raise error
-        raise ResizeError(f"resize: {reason}; the active ranks are what they were") from error
+        raise self._refusal(reason) from error
+
+    def _refusal(self, reason: str) -> ResizeError:
+        gone = self.verdict.dead
+        but = f", but ranks {gone} are gone" if gone else ""
+        return ResizeError(f"resize: {reason}; the active ranks are what they were{but}", gone)
 
 
 def _one_map(offers: Sequence[int]) -> int:

@@ -36,6 +36,7 @@ STATIC = "A static map is static"
 ONE_PLAN = "Every rank executes the same plan"
 COST = "Cost before benefit"
 PLACEMENT = "Replicas never share a rank; what stays keeps its slot"
+RESIZE = "Ranks leave and join on all ranks or on none, before anything is served wrongly"
 SHAPES = "Shapes and addresses of device tables never change"
 
 MUTATIONS = (
@@ -165,6 +166,41 @@ MUTATIONS = (
         "        gains = (plan.balancedness > balancedness) & (balancedness < self.min_balancedness)",
         "        gains = plan.balancedness > balancedness",
         first_tried=7,
+    ),
+    Mutation(
+        RESIZE,
+        f"{RUNTIME}.resizing",
+        "        return bool(lost or self.verdict.joining or experts_without(current, leaving))",
+        "        return bool(self.verdict.joining)",
+        first_tried=14,
+    ),
+    Mutation(
+        RESIZE,
+        f"{RUNTIME}.balancer",
+        "        self._route(layers, target, self._tables_with_even(layers, target))",
+        "        pass",
+        first_tried=14,
+    ),
+    Mutation(
+        RESIZE,
+        f"{RUNTIME}.balancer",
+        "        link.gate.start_anew(verdict.boundary)",
+        "        link.gate.start_anew(link.gate.boundary)",
+        first_tried=4,
+    ),
+    Mutation(
+        RESIZE,
+        f"{RUNTIME}.balancer",
+        "        self._heat.skip_to(verdict.passes)",
+        "        pass",
+        first_tried=4,
+    ),
+    Mutation(
+        RESIZE,
+        f"{RUNTIME}.resize_meeting",
+        "            return self._refuse(f\"rank {', '.join(map(str, needed))} did not come in time\")",
+        "            pass",
+        first_tried=169,
     ),
     Mutation(
         SHAPES,

@@ -33,6 +33,8 @@ class Tally:
     faulty: int = 0
     """Runs in which something went wrong and had to be well again."""
     recovered: int = 0
+    resizes: Counter[str] = field(default_factory=Counter)
+    """What came of calls of `resize`."""
     longest_wait_steps: float = 0.0
     failures: list[Result] = field(default_factory=list)
     """Runs in which a rule was broken."""
@@ -45,6 +47,7 @@ class Tally:
         self.commits += result.commits
         self.injected += result.injected
         self.cycles += result.cycles
+        self.resizes += result.resizes
         self.faulty += result.recovered is not None
         self.recovered += result.recovered is True
         self.longest_wait_steps = max(self.longest_wait_steps, result.longest_wait_steps)
@@ -61,6 +64,7 @@ class Tally:
         per_minute = 60 * self.seeds / self.seconds if self.seconds else 0.0
         aborted = self.cycles["failed"] + self.cycles["cancelled"]
         good = self.cycles["moved"] + self.cycles["stayed"] + self.cycles["no_load"]
+        resizes = ", ".join(f"{what} {count}" for what, count in sorted(self.resizes.items()))
         faults = ", ".join(f"{kind} {count}" for kind, count in self.injected.most_common())
         return [
             f"{self.seeds} seeds in {self.seconds:.0f} s ({per_minute:.0f} seeds per minute): "
@@ -68,6 +72,7 @@ class Tally:
             f"faults injected: {self.injected.total()}: {faults or 'none'}",
             f"cycles on single ranks: {good} good, {aborted} aborted "
             f"({self.cycles['failed']} failed, {self.cycles['cancelled']} cancelled)",
+            f"resizes: {resizes or 'none'}",
             f"recovered: {self.recovered} of {self.faulty} runs that had to be well again",
             f"longest wait: {self.longest_wait_steps:.1f} steps",
             f"wrong tokens: {self.wrong_tokens}; rules broken: {len(self.failures)}",

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import LoadCollection, Phase
+from eplb_platform.runtime.resizing import LostExpertsError
+from eplb_platform.testing.cluster.membership import Membership, Wish
 from eplb_platform.testing.cluster.scenario import TIMEOUT_S, Scenario
 from eplb_platform.testing.cluster.scheduler import Scheduler, Task
 from eplb_platform.testing.cluster.weights import EXPERT, VERSION, TaggedWeights
@@ -36,6 +39,10 @@ class Pass:
     tokens: NDArray[np.int64]
     """[ranks], multiples of the basic load; 0 for a rank without requests."""
     is_dummy: NDArray[np.bool_]
+    wish: Wish | None = None
+    """What ranks call for after it."""
+    is_broken: bool = False
+    """A rank died in it: where it has not ended yet it counts for nothing."""
 
 
 @dataclass
@@ -63,6 +70,16 @@ class Engine:
         self.random = random.Random(f"engine {scenario.seed}")
         self.weights = TaggedWeights(expert_map)
         self.members = set(range(scenario.num_ranks))
+        self.membership: Membership | None = None
+        """In an engine that resizes."""
+        if scenario.resizes:
+            self.membership = Membership(
+                scheduler,
+                self.random,
+                scenario.num_ranks,
+                -(-scenario.num_logical // scenario.slots_per_rank),
+                self.violate,
+            )
         self.passes: list[Pass] = []
         self.last_pass: int | None = None
         """The pass after which all ranks end."""
@@ -90,6 +107,10 @@ class Engine:
         self.commits = np.zeros(scenario.num_ranks, dtype=np.int64)
         """[ranks], commits executed."""
         self._arrived: dict[int, Task] = {}
+        self._running: dict[int, Pass] = {}
+        """The pass that each rank is in."""
+        self._sent_away: set[int] = set()
+        """Ranks that came to a pass which cannot begin."""
         self._checked: NDArray[np.int32] | None = None
         self.must_check = True
         self.started: set[int] = set()
@@ -107,10 +128,15 @@ class Engine:
         """Whether ranks end after pass number `step`."""
         return self.last_pass is not None and step >= self.last_pass
 
-    async def forward(self, rank: int) -> Pass:
-        """One forward pass of `rank`; returns when it has ended there."""
+    async def forward(self, rank: int) -> Pass | None:
+        """One forward pass of `rank`; returns when it has ended there, or None where it is broken since a
+        rank is missing, in an engine that resizes.
+        """
         if self.failure:
             raise EngineFailed(self.failure)
+        membership = self.membership
+        if membership is not None and (membership.is_broken or rank not in membership.active):
+            return None
         task = self.scheduler.current
         assert task is not None
         self._arrived[rank] = task
@@ -119,10 +145,17 @@ class Engine:
         await self.scheduler.park(None)
         if self.failure:
             raise EngineFailed(self.failure)
-        return self.passes[-1]
+        if rank in self._sent_away:
+            self._sent_away.discard(rank)
+            return None
+        ended = self._running.pop(rank)
+        return None if ended.is_broken else ended
 
     def leave(self, rank: int, why: str) -> None:
         """The rank makes no more passes: it died or stopped."""
+        if self.membership is not None:
+            self._lose(self.membership, rank, why)
+            return
         if rank not in self.members:
             return
         self._arrived.pop(rank, None)
@@ -135,6 +168,80 @@ class Engine:
             # It stays a member that never comes: the others' next pass does not end.
             self.scheduler.call_at(self.scheduler.now + MODEL_TIMEOUT_S, lambda: self._fail(why))
 
+    def _lose(self, membership: Membership, rank: int, why: str) -> None:
+        """The pass that runs may still end, the next one does not begin."""
+        self.trace.add(self.scheduler.now, f"rank {rank} left: {why}")
+        self._arrived.pop(rank, None)
+        self._running.pop(rank, None)
+        self._sent_away.discard(rank)
+        self.weights.forget(rank)
+        membership.lose(rank)
+        if not membership.is_broken:
+            return
+        if self.passes and not self._arrived and self.random.random() < 0.5:
+            self.passes[-1].is_broken = True
+        self._sent_away |= set(self._arrived)
+        for task in self._arrived.values():
+            self.scheduler.wake(task)
+        self._arrived.clear()
+
+    def resized(
+        self, rank: int, generation: int, active: Sequence[int], passes: int, expert_map: ExpertMap
+    ) -> None:
+        """`rank` returned from `resize`: these ranks are active, it counts so many passes, and has this
+        map.
+        """
+        assert self.membership is not None
+        if rank in active:
+            self.membership.agreed(rank, generation, active, passes)
+        self.membership.calling.discard(rank)
+        self.members = set(self.membership.active)
+        self.follows(rank, expert_map)
+        if rank not in active:
+            self.weights.forget(rank)
+        self.trace.add(self.scheduler.now, f"rank {rank}: resize {generation}: {list(active)}")
+
+    def follows(self, rank: int, expert_map: ExpertMap) -> None:
+        """`resize` ended on `rank`; commits that it executed are not counted."""
+        self.maps_in_force.add(expert_map.digest())
+        self.commits[rank] = len(self._commit_boundaries)
+        self.must_check = True
+
+    def load_expert(self, layer: int, expert: int) -> list[torch.Tensor]:
+        """From the checkpoint."""
+        assert self.membership is not None
+        self.membership.counts["experts loaded"] += 1
+        return [torch.tensor([expert, self.weights.version])]
+
+    def names_experts(self, error: LostExpertsError, *, is_exact: bool) -> None:
+        """`resize` says which experts are lost; the engine gives `load_expert` from now on.
+
+        is_exact: no rank died meanwhile
+        """
+        assert self.membership is not None
+        self.membership.loads_experts = True
+        self.membership.counts["calls that named lost experts"] += 1
+        lost = set(self._lost_experts(self.membership.serving - set(error.gone)))
+        named = set(error.experts)
+        if not named or named - lost or (is_exact and lost - named):
+            self.violate(f"{sorted(named)} are said to be lost, and {sorted(lost)} are")
+
+    def cannot_resize(self, why: str) -> None:
+        """The engine gives up."""
+        if not self.scenario.device_group:
+            self.violate(f"no resize succeeds: {why}")
+        self._fail(why)
+
+    def _lost_experts(self, living: set[int]) -> list[tuple[int, int]]:
+        """(layer, expert) that no rank of `living` holds."""
+        held = self.weights.tags[..., EXPERT][:, sorted(living)]
+        everything = np.arange(self.scenario.num_logical)
+        return [
+            (layer, int(expert))
+            for layer, there in enumerate(held)
+            for expert in everything[~np.isin(everything, there)]
+        ]
+
     def routes_by(self, rank: int, layers: Sequence[int], expert_map: ExpertMap) -> None:
         """`rank` routes `layers` by `expert_map` from its next pass on."""
         table = expert_map.physical_to_logical
@@ -144,6 +251,8 @@ class Engine:
 
     def committed(self, rank: int, expert_map: ExpertMap) -> None:
         """`rank` has executed a commit."""
+        if rank not in self.members:
+            return  # it does not know yet that the others go on without it
         number = int(self.commits[rank])
         self.commits[rank] += 1
         if number == len(self._commit_boundaries):
@@ -193,6 +302,17 @@ class Engine:
 
     # --- the truth about load ---
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether every pass counts on every rank: ranks that leave take what they counted with them."""
+        return self.membership is None or not self.membership.has_resized
+
+    def is_served(self, load: NDArray[np.int64] | NDArray[np.float64]) -> bool:
+        """Whether `load` [..., layers, logical] may be of any passes on any ranks."""
+        layer, expert = divmod(int(self.basic_load.argmax()), self.basic_load.shape[1])
+        times = load[..., layer, expert] // max(1, int(self.basic_load[layer, expert]))
+        return bool((load == times[..., None, None] * self.basic_load).all())
+
     def window_tokens(self, first: int, end: int) -> int:
         """What passes `first` to `end` - 1 count, over all ranks, in multiples of the basic load."""
         late = int(self.scenario.counts_late)
@@ -204,6 +324,8 @@ class Engine:
         """All ranks are in the same pass: what they route by must be there."""
         if self.failure or len(self._arrived) < len(self.members) or not self._arrived:
             return
+        if self.membership is not None and self.membership.is_broken:
+            return
         self._check()
         scenario, scheduler = self.scenario, self.scheduler
         self.passes.append(self._new_pass())
@@ -211,7 +333,8 @@ class Engine:
         pause, self.idle_s = self.idle_s, 0.0
         slowest = max(float(self.slowness[rank]) for rank in tasks)
         duration = scenario.step_s * slowest * (1 + scenario.uneven_steps * self.random.random())
-        for task in tasks.values():
+        for rank, task in tasks.items():
+            self._running[rank] = self.passes[-1]
             skew = 0.02 * scenario.step_s * self.random.random()
             scheduler.wake_at(scheduler.now + pause + duration + skew, task)
         self.on_pass(self.step)
@@ -227,6 +350,9 @@ class Engine:
             dummy[:] = True
         result = Pass(draw.choice(list(Phase)), tokens, dummy)
         members = sorted(self.members)
+        tokens[[rank for rank in range(ranks) if rank not in self.members]] = 0
+        if self.membership is not None:
+            result.wish = self.membership.begin_pass()
         counts = self._collection.counts(result.phase)
         total = int((tokens * ~dummy)[members].sum()) if counts else 0
         self._counted_before.append(self._counted_before[-1] + total)
@@ -239,6 +365,8 @@ class Engine:
             for task in self._arrived.values():
                 self.scheduler.wake(task)
             self._arrived.clear()
+            if self.membership is not None:
+                self.membership.end()
 
     def _check(self) -> None:
         """Every member routes every layer by one row, and holds what the row says."""
@@ -255,6 +383,11 @@ class Engine:
             return
         rows = np.stack([self._rows[number] for number in self.routed[members[0]]])
         expected = rows.reshape(len(rows), self.scenario.num_ranks, -1)
+        if self.membership is not None:
+            others = [rank for rank in range(self.scenario.num_ranks) if rank not in self.members]
+            if (expected[:, others] >= 0).any():
+                self.violate(f"wrong token: one of ranks {others}, none of which is active, takes tokens")
+                return
         for what, field_, want in (
             ("expert", EXPERT, expected),
             ("version", VERSION, np.int64(self.weights.version)),

@@ -5,7 +5,8 @@ rank breaks it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,6 @@ class Network:
     """What the groups of all ranks share."""
 
     scheduler: Scheduler
-    num_ranks: int
     broken: set[int] = field(default_factory=set)
     """Epochs whose group is closed."""
     operations: dict[tuple[int, int], _Operation] = field(default_factory=dict)
@@ -65,8 +65,10 @@ class Network:
         for task in operation.waiting.pop(event, ()):
             self.scheduler.wake(task)
 
-    def take_up(self, epoch: int, number: int, kind: str, rank: int, content: object) -> _Operation:
-        """`rank` comes to its group's operation `number`."""
+    def take_up(
+        self, epoch: int, number: int, kind: str, rank: int, content: object, size: int
+    ) -> _Operation:
+        """`rank` comes to operation `number` of its group, which has so many ranks."""
         operation = self.operations.setdefault((epoch, number), _Operation(kind))
         older = number - 3 if number >= 0 else number + 3
         if (older < 0) == (number < 0):
@@ -76,7 +78,7 @@ class Network:
             raise GroupError(f"rank {rank} is in {kind}, others are in {operation.kind}")
         operation.arrived[rank] = content
         self.wake(operation, f"arrival {rank}")
-        if len(operation.arrived) == self.num_ranks:
+        if len(operation.arrived) == size:
             self.wake(operation, ALL)
         return operation
 
@@ -96,6 +98,7 @@ class GroupFaults:
 class SimulatedGroup(Group):
     """One rank's end of the group.
 
+    ranks: that are in the group at the start
     is_device_group: whether the forward thread has to enqueue exchanges
     on_call: called before each operation; injected(kind): called when a fault of `faults` takes effect
     step: the number of the pass that has ended
@@ -109,6 +112,7 @@ class SimulatedGroup(Group):
         migrator: Migrator | None,
         draw: random.Random,
         *,
+        ranks: Sequence[int],
         timeout_s: float,
         is_device_group: bool,
         on_call: Callable[[], None],
@@ -119,6 +123,7 @@ class SimulatedGroup(Group):
         self.faults = GroupFaults()
         self.epoch = 0
         self._network = network
+        self._ranks = tuple(ranks)
         self._rank = rank
         self._memory = memory
         self._migrator = migrator
@@ -136,7 +141,19 @@ class SimulatedGroup(Group):
 
     async def rebuild(self, epoch: int, ranks: Sequence[int]) -> None:
         self.epoch, self._number, self._enqueued = epoch, 0, 0
-        await self._together("rebuild", None)
+        self._ranks = tuple(ranks)
+        operation = await self._together("rebuild", self._ranks)
+        if set(operation.arrived.values()) != {self._ranks}:
+            self._violate(f"rank {self._rank}: the group of epoch {epoch} is one of other ranks elsewhere")
+
+    @contextmanager
+    def lent(self, migrator: Migrator) -> Iterator[Migrator]:
+        """As `BackendGroup.lent`."""
+        self._migrator = migrator
+        try:
+            yield migrator
+        finally:
+            self._migrator = None
 
     async def sum(self, load: NDArray[np.int64]) -> NDArray[np.int64]:
         operation = await self._together("sum", load)
@@ -155,15 +172,18 @@ class SimulatedGroup(Group):
         if self.faults.flip_plan and source != self._rank:
             self.faults.flip_plan = False
             self._injected("plan differs on a rank")
-            layer = self._random.randrange(len(received))
-            first, second = self._random.sample(range(received.shape[1]), 2)
-            received[layer, [first, second]] = received[layer, [second, first]]
+            rows = received.reshape(-1, received.shape[-1])
+            row = rows[self._random.randrange(len(rows))]
+            first, second = self._random.sample(range(len(row)), 2)
+            row[[first, second]] = row[[second, first]]
         return received
 
     async def fetch(self, chunk: Chunk) -> None:
         migrator = self._moving()
         await self._enter("fetch")
-        operation = self._network.take_up(self.epoch, self._number, "fetch", self._rank, chunk)
+        operation = self._network.take_up(
+            self.epoch, self._number, "fetch", self._rank, chunk, len(self._ranks)
+        )
         self._number += 1
         sources = set(chunk.receives_of(self._rank).peer.tolist()) - {self._rank, -1}
         targets = set(chunk.sends_of(self._rank).peer.tolist())
@@ -194,7 +214,8 @@ class SimulatedGroup(Group):
         self._check_open()
         self._check_boundary(f"enqueue {self.epoch}/{self._enqueued}")
         self._number_of[id(chunk)] = self._enqueued
-        self._network.take_up(self.epoch, -1 - self._enqueued, "enqueue", self._rank, chunk)
+        number = -1 - self._enqueued
+        self._network.take_up(self.epoch, number, "enqueue", self._rank, chunk, len(self._ranks))
         self._enqueued += 1
         self._moving().enqueue(chunk)
 
@@ -245,10 +266,10 @@ class SimulatedGroup(Group):
     async def _together(self, kind: str, content: object) -> _Operation:
         """All ranks come to the same operation."""
         await self._enter(kind)
-        operation = self._network.take_up(self.epoch, self._number, kind, self._rank, content)
+        size = len(self._ranks)
+        operation = self._network.take_up(self.epoch, self._number, kind, self._rank, content, size)
         self._number += 1
-        num_ranks = self._network.num_ranks
-        await self._wait(operation, lambda: "" if len(operation.arrived) == num_ranks else ALL)
+        await self._wait(operation, lambda: "" if len(operation.arrived) == size else ALL)
         return operation
 
     async def _enter(self, kind: str) -> None:

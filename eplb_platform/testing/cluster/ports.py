@@ -175,11 +175,12 @@ class SimulatedPlanner:
         layers = [layer for layer in range(current.num_layers) if draw.random() < 0.8]
         for layer in draw.sample(layers, min(len(layers), self.most_layers)):
             row = table[layer]
-            for _ in range(draw.randint(1, 3)):
-                one, other = draw.sample(range(len(row)), 2)
+            in_use = np.flatnonzero(row >= 0).tolist()
+            for _ in range(draw.randint(1, 3) if len(in_use) > 1 else 0):
+                one, other = draw.sample(in_use, 2)
                 row[one], row[other] = row[other], row[one]
             for _ in range(draw.randint(0, 2)):
-                slot = draw.randrange(len(row))
+                slot = draw.choice(in_use)
                 if (row == row[slot]).sum() > 1:
                     row[slot] = draw.randrange(current.num_logical_experts)
         return ExpertMap(table, current.num_logical_experts, current.topology)
@@ -228,6 +229,10 @@ class SimulatedTracer:
         engine = self._engine
         for row in load:
             self.num_steps += 1
+            if not engine.counts_all:
+                if not engine.is_served(row):
+                    engine.violate("the load trace has tokens that were never served")
+                continue
             if self.num_steps == 1 and engine.scenario.counts_late:
                 continue  # in the first pass nothing was there yet
             while self._next < engine.step:

@@ -24,8 +24,11 @@ from eplb_platform.runtime.gate import ForwardGate, ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings, MeetingFailed
 from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.ports import ExpertLoad
+from eplb_platform.runtime.resize_meeting import ResizeError
+from eplb_platform.runtime.resizing import LostExpertsError
 from eplb_platform.runtime.start import assemble
 from eplb_platform.testing.cluster.engine import Engine, EngineFailed, Pass
+from eplb_platform.testing.cluster.membership import TRIES, Membership, Wish
 from eplb_platform.testing.cluster.network import Network, SimulatedGroup
 from eplb_platform.testing.cluster.ports import (
     SimulatedBackground,
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from eplb_platform.backend import Backend
 
 TABLE_WIDTH = 6
+RESIZE_TIMEOUTS = 40.0
+"""A call of `resize` ends within so many transfer time-outs."""
 ROUNDING_S = 1e-6
 
 
@@ -103,7 +108,10 @@ class TaggedModel:
 class SimulatedRank:
     """One process of the engine.
 
-    expert_map: what its weights follow at the start; deploy: where they are moved to before the first pass
+    expert_map: what its weights follow at the start
+    deploy: where the weights are moved to before the first pass
+    joins: whether it is a new process in an engine that serves already
+    process: the number of this process among those that the rank has had
     """
 
     def __init__(
@@ -116,6 +124,9 @@ class SimulatedRank:
         expert_map: ExpertMap,
         deploy: ExpertMap | None,
         folder: Path | None,
+        *,
+        joins: bool = False,
+        process: int = 0,
     ) -> None:
         self.rank = rank
         self.engine = engine
@@ -131,9 +142,12 @@ class SimulatedRank:
         self.longest_wait_s = 0.0
         self.slept_s = 0.0
         """For how long its clock went on while it could not."""
+        self.refusals = 0
+        """Calls of `resize` that failed one after the other."""
         self.tasks: list[Task] = []
         scenario, scheduler = engine.scenario, engine.scheduler
-        draw = random.Random(f"rank {rank} of {scenario.seed}")
+        draw = random.Random(f"rank {rank} of {scenario.seed}" + f", process {process}" * bool(process))
+        members = [one for one in expert_map.topology.active_ranks if one != rank or not joins]
         self.clock = SimulatedClock(scheduler, store, timeout_s=config.transfer_timeout_s)
         gate = ForwardGate(_PokingCondition(self.clock.poke))
         self.model = TaggedModel(engine, rank, expert_map)
@@ -149,6 +163,7 @@ class SimulatedRank:
             self.memory,
             self._migrator,
             draw,
+            ranks=members,
             timeout_s=config.transfer_timeout_s,
             is_device_group=scenario.device_group,
             on_call=lambda: self._check_thread("a group operation"),
@@ -164,6 +179,7 @@ class SimulatedRank:
             group=self.group,
             clock=self.clock,
             gate=gate,
+            members=members,
         )
         self.recorder = SimulatedRecorder(None if folder is None else folder / "map.json", self._inject)
         self.planner = SimulatedPlanner(
@@ -175,7 +191,8 @@ class SimulatedRank:
             algorithm=self._algorithm() if scenario.real_planner else None,
             violate=engine.violate,
         )
-        self.tracer = SimulatedTracer(engine) if config.trace_record_path is not None else None
+        traces = config.trace_record_path is not None and self.link.plans
+        self.tracer = SimulatedTracer(engine) if traces else None
         self._meetings = ForwardMeetings(self._plane(store, draw), self.link)
         self._deploy = deploy
         self._is_in_step = False
@@ -189,12 +206,13 @@ class SimulatedRank:
         """Serve until the engine ends, or this rank must stop."""
         engine = self.engine
         try:
-            await self._start()
-            while not engine.is_over_after(engine.step):
-                served = await engine.forward(self.rank)
-                await self._step(served)
-                for call in self.calls.pop(engine.step, ()):
-                    await call()
+            if self.balancer.is_active:
+                await self._start()
+            else:
+                self.balancer.record_start()
+                await self._join()
+            while self.balancer.is_active and not engine.is_over_after(engine.step):
+                await self._serve_once()
             self.ending = "served to the end"
         except DeploymentError as refused:
             self.ending = f"refused: {refused}"
@@ -206,7 +224,62 @@ class SimulatedRank:
             engine.leave(self.rank, self.ending)
             if not self.weather.has_lost and not self._waits_for_planner(stopped):
                 engine.violate(f"rank {self.rank} {self.ending}, though it could reach the store")
+        finally:
+            if engine.membership is not None and engine.is_over_after(engine.step):
+                engine.membership.end()
         await self.close()
+
+    async def _serve_once(self) -> None:
+        """One pass, and what the engine calls after it."""
+        engine, membership = self.engine, self.engine.membership
+        served = await engine.forward(self.rank)
+        if served is not None:
+            await self._step(served)
+            for call in self.calls.pop(engine.step, ()):
+                await call()
+        if membership is None:
+            return
+        wish = membership.last_wish if served is None else served.wish
+        if wish is not None:
+            await self._resize(membership, wish)
+            await self._join()
+
+    async def _join(self) -> None:
+        """Not active: wait until this rank is to join; returns when it has, or the engine ends."""
+        membership = self.engine.membership
+        assert membership is not None
+        while not self.balancer.is_active:
+            wish = await membership.call_for(self.rank)
+            if wish is None:
+                return
+            await self._resize(membership, wish)
+
+    async def _resize(self, membership: Membership, wish: Wish) -> None:
+        engine = self.engine
+        started, slept = self.clock.now(), self.slept_s
+        membership.calling.add(self.rank)
+        deaths = membership.deaths
+        load = engine.load_expert if membership.loads_experts else None
+        try:
+            await self.balancer.resizing(wish.active, dead=wish.dead, load_expert=load)
+        except ResizeError as refused:
+            engine.trace.add(engine.scheduler.now, f"rank {self.rank}: {refused}")
+            if isinstance(refused, LostExpertsError):
+                engine.names_experts(refused, is_exact=deaths == membership.deaths)
+            engine.follows(self.rank, self.balancer.expert_map)
+            membership.refused(self.rank, self.balancer._resizes.generation, wish, refused.gone)
+            self.refusals += 1
+            if self.refusals > TRIES:
+                engine.cannot_resize(str(refused))
+            await engine.scheduler.sleep(engine.scenario.step_s * engine.random.random())
+        else:
+            self.refusals = 0
+            balancer, link = self.balancer, self.link
+            passes = balancer._heat.passes()
+            engine.resized(self.rank, link.generation, link.members, passes, balancer.expert_map)
+        took = self.clock.now() - started - (self.slept_s - slept)
+        if took > RESIZE_TIMEOUTS * self.config.transfer_timeout_s:
+            engine.violate(f"rank {self.rank}: a resize took {took:.3f} s")
 
     async def _start(self) -> None:
         """What `start_balancer` does once the ports are there."""
@@ -301,7 +374,8 @@ class SimulatedRank:
 
     def _waits_for_planner(self, stopped: ForwardStopped) -> bool:
         """A meeting ends the running cycle, which cannot end before its planner answers."""
-        return "planner never answers" in self.engine.injected and "still in plan" in str(stopped)
+        late = {"planner late", "planner never answers"} & set(self.engine.injected)
+        return bool(late) and "still in plan" in str(stopped)
 
     # --- what goes wrong ---
 
@@ -335,6 +409,10 @@ class SimulatedRank:
     def _check_load(self, load: ExpertLoad) -> None:
         """What is planned on is what was served, counted by the map that it was served by."""
         scenario, engine = self.engine.scenario, self.engine
+        if not engine.counts_all:
+            if not engine.is_served(load):
+                engine.violate("the load that is planned on was never served")
+            return
         steps = scenario.config.expert_heat_collection_interval
         per_window = -(-steps // scenario.config.num_load_windows)
         completed = engine.step // per_window
@@ -382,6 +460,7 @@ class SimulatedRank:
             recorder=self.recorder if self.config.records_map else None,
             tracer=self.tracer,
             background=self.background,
+            lend_migrator=lambda: self.group.lent(self._new_migrator()),
             on_stage=self._enter,
         )
 

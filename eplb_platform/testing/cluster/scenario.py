@@ -30,6 +30,11 @@ ENGINE_FAULTS = (
     "rebalance now on one rank", "invalidate", "drain", "a rank misses a meeting",
     "ranks mean different meetings", "exception in a stage of all ranks",
 )  # fmt: skip
+RESIZES = (
+    "ranks leave", "ranks join", "rank dead, others go on", "rank dead, a new process comes",
+    "rank taken for dead",
+)  # fmt: skip
+MEETINGS = ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
 LAST_FAULTS = ("rank dead", "shutdown", "planner never answers")
 """At most one in a run, and nothing has to be well after it."""
 
@@ -75,6 +80,8 @@ class Scenario:
     """The device's counts come one pass late."""
     tolerates_death: bool = False
     """The engine goes on without a rank that died."""
+    resizes: bool = False
+    """The engine calls `resize` when ranks die, leave or join."""
     deploys: bool = False
     """The weights are moved to another map before the first pass."""
     odd_deploys: bool = False
@@ -147,7 +154,8 @@ def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
         weighted=config.weighted_dispatch and kind == "dynamic",
         quiet_step=quiet,
     )
-    return _with_faults(scenario, draw)
+    scenario = _with_faults(scenario, draw)
+    return _with_resizes(scenario, draw) if seed % 5 == 4 else scenario
 
 
 def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
@@ -174,6 +182,26 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
         rank = 0 if kind == "planner never answers" else draw.randrange(scenario.num_ranks)
         faults.append(_at(kind, rank, scenario, draw))
     return replace(scenario, faults=tuple(faults))
+
+
+def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
+    """Ranks come and go in between; the engine's meetings are left out, for which every rank would have to
+    be called.
+    """
+    if scenario.different_config or scenario.odd_deploys:
+        return scenario
+    others = [fault for fault in scenario.faults if fault.kind not in MEETINGS and fault.kind != "rank dead"]
+    resizes = []
+    for _ in range(draw.choice((1, 2, 3, 5))):
+        fault = _at(draw.choice(RESIZES), draw.randrange(scenario.num_ranks), scenario, draw)
+        resizes.append(replace(fault, stage=draw.choice(ANY_STAGE) if draw.random() < 0.5 else None))
+    return replace(
+        scenario,
+        resizes=True,
+        tolerates_death=True,
+        device_group=scenario.device_group and draw.random() < 0.2,
+        faults=(*others, *resizes),
+    )
 
 
 def _fault(scenario: Scenario, draw: random.Random) -> FaultPlan:

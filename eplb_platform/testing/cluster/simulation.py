@@ -12,17 +12,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import warm_up as warm_up_heat
 from eplb_platform.runtime.cycle import Stage
 from eplb_platform.testing.cluster.engine import Engine, Trace
+from eplb_platform.testing.cluster.membership import Membership, Wish
 from eplb_platform.testing.cluster.network import Network
 from eplb_platform.testing.cluster.rank import InjectedError, SimulatedRank
 from eplb_platform.testing.cluster.scenario import (
     ENGINE_FAULTS,
+    MEETINGS,
     PLANNER_FAULTS,
     RANK_FAULTS,
+    RESIZES,
     STEP_S,
     TIMEOUT_S,
     FaultPlan,
@@ -36,9 +41,6 @@ from eplb_platform.topology import Topology
 RECOVERY_CYCLES = 4
 """So many collections, and the time-outs of so many cycles, are enough to be well again."""
 MEETING_FAULTS = ("lost messages", "store gone", "slow", "rank frozen", "clock jump", "rank dead")
-MEETINGS = ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
-
-
 HARMLESS = {
     "idle engine",
     "rebalance now",
@@ -47,7 +49,7 @@ HARMLESS = {
     "pause on one rank",
     "slow rank",
 }
-SLOWING = {"rank dead"} | {
+SLOWING = {"rank dead", *(kind for kind in RESIZES if "dead" in kind)} | {
     kind
     for kind in (*RANK_FAULTS, *ENGINE_FAULTS)
     if kind.startswith(("slow", "lost", "store", "rank frozen", "clock"))
@@ -71,6 +73,8 @@ class Result:
     """Whether a cycle succeeded after the last fault; None where none came, or nothing had to be well."""
     longest_wait_steps: float = 0.0
     events: int = 0
+    resizes: Counter[str] = field(default_factory=Counter)
+    """What came of calls of `resize`, over all ranks."""
     trace: list[str] = field(default_factory=list)
 
     @property
@@ -106,7 +110,8 @@ class _Simulation:
         )
         self.engine = Engine(scenario, self.scheduler, Trace(keep_trace), self.initial)
         self.store = SimulatedStore(self.scheduler)
-        self.network = Network(self.scheduler, scenario.num_ranks)
+        self.network = Network(self.scheduler)
+        self.folder = folder
         deploy = self._map_to_deploy() if scenario.deploys else None
         other = self._map_to_deploy() if scenario.odd_deploys else None
         self.ranks = [
@@ -122,10 +127,16 @@ class _Simulation:
             )
             for rank in range(scenario.num_ranks)
         ]
+        self.former: list[SimulatedRank] = []
+        """Processes in whose place there are others."""
+        if self.engine.membership is not None:
+            self.engine.membership.restart = self.restart_soon
+            self.engine.membership.loads_experts = self.random.random() < 0.6
         self.is_permanent = False
         """Whether something came after which no cycle has to succeed."""
         self.recovered: bool | None = None
-        self.well_since: int | None = None
+        self.well_since: dict[SimulatedRank, int] = {}
+        """When each rank has to be well again, in cycles that succeed there."""
         self._serving = scenario.num_ranks
 
     def _map_to_deploy(self) -> ExpertMap:
@@ -167,6 +178,51 @@ class _Simulation:
             if not self._serving:
                 self.scheduler.stop()
 
+    # --- processes ---
+
+    @property
+    def processes(self) -> list[SimulatedRank]:
+        """All that there were."""
+        return [*self.former, *self.ranks]
+
+    @property
+    def membership(self) -> Membership:
+        assert self.engine.membership is not None
+        return self.engine.membership
+
+    @property
+    def planning_rank(self) -> SimulatedRank:
+        return self.ranks[min(self.engine.members)]
+
+    def restart_soon(self, rank: int) -> None:
+        """A new process of `rank`, unless there is one by then."""
+        self.later(lambda: self.restart(rank) if self.ranks[rank].ending else None, 10)
+
+    def restart(self, rank: int) -> None:
+        """A new process of `rank`, which has no weights yet and is not active."""
+        engine, membership, given = self.engine, self.engine.membership, self.initial.topology
+        assert membership is not None
+        others = sorted(membership.serving - {rank})
+        if membership.is_ended or not others:
+            return
+        topology = Topology(given.num_ranks, given.num_nodes, others)
+        self.former.append(self.ranks[rank])
+        new = self.ranks[rank] = SimulatedRank(
+            rank,
+            engine,
+            self.store,
+            self.network,
+            self._config_of(rank),
+            _any_map(self.initial, topology),
+            None,
+            self.folder,
+            joins=True,
+            process=len(self.former),
+        )
+        engine.trace.add(self.scheduler.now, f"rank {rank}: a new process")
+        self._serving += 1
+        new.tasks.append(self.scheduler.spawn(rank, "forward", self._serve(new)))
+
     # --- faults ---
 
     def _after_pass(self, step: int) -> None:
@@ -200,6 +256,9 @@ class _Simulation:
 
     def _strike(self, fault: FaultPlan) -> None:
         self.engine.trace.add(self.scheduler.now, f"comes: {fault}")
+        if fault.kind in RESIZES:
+            _RESIZES[fault.kind](self, self.ranks[fault.rank], fault.kind)
+            return
         if fault.kind not in ("transfer corrupted", "plan differs on a rank") and not fault.kind.startswith(
             ("planner", "error", "fetch", "full", "read-only")
         ):
@@ -253,15 +312,17 @@ class _Simulation:
     def _look_for_recovery(self, step: int) -> None:
         """From the quiet step on, a cycle must succeed in due time."""
         scenario, engine = self.scenario, self.engine
-        someone_left = len(engine.members) < scenario.num_ranks
+        someone_left = engine.membership is None and len(engine.members) < scenario.num_ranks
         if not scenario.config.observes or self.is_permanent or engine.failure or someone_left:
             engine.last_pass = step + 3
             return
-        stats = [self.ranks[rank].balancer.stats for rank in sorted(engine.members)]
-        if self.well_since is None:
-            self.well_since = max(one.cycles for one in stats) + 1
+        cycles = {self.ranks[rank]: self.ranks[rank].balancer.stats.cycles for rank in engine.members}
+        if not self.well_since:
+            self.well_since = dict.fromkeys(cycles, max(cycles.values()) + 1)
             return
-        if min(one.cycles for one in stats) > self.well_since:
+        for rank, number in cycles.items():
+            self.well_since.setdefault(rank, number + 1)
+        if all(number > self.well_since[rank] for rank, number in cycles.items()):
             self.recovered = True
             engine.last_pass = step + self.random.randint(1, 6)
             return
@@ -275,25 +336,18 @@ class _Simulation:
         """What must hold when all has ended."""
         engine, scenario = self.engine, self.scenario
         if self.recovered is False:
-            last = Counter(rank.balancer.stats.last_error for rank in self.ranks)
+            last = Counter(rank.balancer.stats.last_error for rank in self.processes)
             states = Counter(rank.balancer.state for rank in self.ranks)
             engine.violate(f"no cycle succeeds any more: {dict(states)}, {dict(last)}")
-        for rank in self.ranks:
+        for rank in self.processes:
             for task in rank.tasks:
                 if task.error is not None:
                     engine.violate(f"rank {rank.rank}: the forward thread raises {task.error!r}")
             if rank.background.task is not None and rank.background.task.error is not None:
                 engine.violate(f"rank {rank.rank}: a cycle raises {rank.background.task.error!r}")
-        recorder = self.ranks[0].recorder
-        if recorder.recorded is not None and scenario.config.moves_experts:
-            recorded = recorder.recorded
-            if recorder.path is not None and not self.ranks[0].is_dead:
-                recorded = ExpertMap.load(recorder.path)
-                recorded = ExpertMap(
-                    recorded.physical_to_logical, recorded.num_logical_experts, self.initial.topology
-                )
-            if recorded.digest() not in engine.maps_in_force:
-                engine.violate("the recorded map was never in force")
+        if scenario.config.moves_experts:
+            for rank in self.processes:
+                self._judge_record(rank)
         if not scenario.config.moves_experts and engine.commits.any():
             engine.violate("experts moved though the configuration only observes")
         if (scenario.different_config or scenario.odd_deploys) and engine.started:
@@ -303,9 +357,19 @@ class _Simulation:
         self._judge_keys()
         self._judge_calm()
 
+    def _judge_record(self, rank: SimulatedRank) -> None:
+        recorder, recorded = rank.recorder, rank.recorder.recorded
+        if recorded is None or not rank.balancer.is_active:
+            return  # a rank that was taken for dead may end a cycle that the others have left
+        if recorder.path is not None and not rank.is_dead and self.engine.membership is None:
+            read = ExpertMap.load(recorder.path)
+            recorded = ExpertMap(read.physical_to_logical, read.num_logical_experts, recorded.topology)
+        if recorded.digest() not in self.engine.maps_in_force:
+            self.engine.violate(f"rank {rank.rank}: the recorded map was never in force")
+
     def _judge_calm(self) -> None:
         """Where nothing is in the way, no cycle fails and no forward thread waits long."""
-        ranks, faults = self.ranks, set(self.engine.injected)
+        ranks, faults = self.processes, set(self.engine.injected)
         failed = sum(rank.balancer.stats.failed_cycles for rank in ranks)
         if failed and faults <= HARMLESS and not self.scenario.different_config:
             errors = sorted({rank.balancer.stats.last_error for rank in ranks} - {""})
@@ -325,7 +389,7 @@ class _Simulation:
             self.engine.violate(f"{self.store.most_keys} keys in the store, expected at most {most}")
 
     def _result(self) -> Result:
-        engine, ranks = self.engine, self.ranks
+        engine, ranks = self.engine, self.processes
         cycles: Counter[str] = Counter()
         for rank in ranks:
             stats = rank.balancer.stats
@@ -341,6 +405,7 @@ class _Simulation:
             recovered=self.recovered if engine.injected else None,
             longest_wait_steps=max(rank.longest_wait_s for rank in ranks) / self.scenario.step_s,
             events=self.scheduler.events,
+            resizes=Counter() if engine.membership is None else engine.membership.counts,
             trace=engine.trace.lines,
         )
 
@@ -350,7 +415,7 @@ class _Simulation:
 
 def _planner_fault(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
     def strike(simulation: _Simulation, rank: SimulatedRank) -> None:
-        simulation.ranks[0].planner.fault = kind
+        simulation.planning_rank.planner.fault = kind
         simulation.is_permanent |= kind == "planner never answers"
 
     return strike
@@ -358,7 +423,7 @@ def _planner_fault(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
 
 def _record_fault(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
     def strike(simulation: _Simulation, rank: SimulatedRank) -> None:
-        simulation.ranks[0].recorder.fault = kind
+        simulation.planning_rank.recorder.fault = kind
 
     return strike
 
@@ -446,6 +511,62 @@ def _die(simulation: _Simulation, rank: SimulatedRank) -> None:
     simulation.is_permanent = True
 
 
+def _any_map(like: ExpertMap, topology: Topology) -> ExpertMap:
+    """A map of the same shape on the active ranks of `topology`; `like` where they have too few slots."""
+    slots = like.slots_per_rank
+    if slots * topology.num_active_ranks < like.num_logical_experts:
+        return like
+    table = np.full(like.physical_to_logical.shape, -1, dtype=np.int32)
+    places = [rank * slots + slot for rank in topology.active_ranks for slot in range(slots)]
+    table[:, places] = np.arange(len(places)) % like.num_logical_experts
+    return ExpertMap(table, like.num_logical_experts, topology)
+
+
+def _ranks_leave(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
+    """Now and then too many."""
+    membership, draw = simulation.membership, simulation.random
+    most = max(1, len(membership.active) - membership.room)
+    leaving = draw.sample(sorted(membership.active), min(draw.randint(1, most), len(membership.active) - 1))
+    if leaving:
+        stay = tuple(sorted(membership.active - set(leaving)))
+        simulation.engine.inject(kind, rank.rank)
+        membership.planned = Wish(stay, draw.choice((None, ())), kind)
+
+
+def _ranks_join(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
+    """Those that left, and new processes in place of those that ended."""
+    membership, draw = simulation.membership, simulation.random
+    away = sorted(set(range(simulation.scenario.num_ranks)) - membership.active)
+    if not away or membership.is_broken:
+        return
+    joining = draw.sample(away, draw.randint(1, len(away)))
+    for one in joining:
+        if simulation.ranks[one].ending:
+            simulation.restart(one)
+    simulation.engine.inject(kind, joining[0])
+    membership.planned = Wish(tuple(sorted(membership.active | set(joining))), draw.choice((None, ())), kind)
+
+
+def _die_in(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
+    membership = simulation.membership
+    if rank.ending or len(membership.serving) < 2:
+        return
+    membership.replaces_the_dead = kind != "rank dead, others go on"
+    simulation.engine.inject(kind, rank.rank)
+    rank.die()
+
+
+def _taken_for_dead(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
+    """It only slept; when it wakes, the others go on without it."""
+    membership = simulation.membership
+    if rank.rank not in membership.serving or len(membership.active) <= max(1, membership.room):
+        return
+    simulation.engine.inject(kind, rank.rank)
+    stay = tuple(sorted(membership.active - {rank.rank}))
+    dead = simulation.random.choice((None, (rank.rank,)))
+    membership.planned = Wish(stay, dead, kind, on_begin=lambda: rank.freeze(6 * TIMEOUT_S))
+
+
 def _shut_down(simulation: _Simulation, rank: SimulatedRank) -> None:
     """All ranks end after the next pass: some may wait for it already."""
     if simulation.engine.last_pass is None:
@@ -456,6 +577,13 @@ def _meeting(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
     return lambda simulation, rank: simulation.meet(kind, rank)
 
 
+_RESIZES: dict[str, Callable[[_Simulation, SimulatedRank, str], None]] = {
+    "ranks leave": _ranks_leave,
+    "ranks join": _ranks_join,
+    "rank dead, others go on": _die_in,
+    "rank dead, a new process comes": _die_in,
+    "rank taken for dead": _taken_for_dead,
+}
 _STRIKES: dict[str, Callable[[_Simulation, SimulatedRank], None]] = {
     **{kind: _planner_fault(kind) for kind in (*PLANNER_FAULTS, "planner never answers")},
     **{kind: _record_fault(kind) for kind in ("full disk", "read-only folder")},

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eplb_platform.migration.schedule import Chunk, RankMoves
 
 EXPERT, VERSION = 0, 1
+GONE = -7
 CHECKSUM_FACTOR = 1_000_003
 
 
@@ -39,6 +40,10 @@ class TaggedWeights:
     def of_rank(self, rank: int) -> list[list[torch.Tensor]]:
         """[layer][parameter], stacked tensors [slots, 2] that share the memory of `tags`."""
         return [[torch.from_numpy(layer[rank])] for layer in self.tags]
+
+    def forget(self, rank: int) -> None:
+        """What the rank holds is of no use any more."""
+        self.tags[:, rank] = GONE
 
     def load(self, rank: int, expert_map: ExpertMap, version: int) -> None:
         """Write the rank's weights anew, in the places of `expert_map`."""

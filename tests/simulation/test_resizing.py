@@ -1,0 +1,64 @@
+"""Ranks that die, leave, are started anew and join, in an engine that calls `resize`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from eplb_platform.runtime import Stage
+from eplb_platform.testing.cluster import FaultPlan, Tally, draw_scenario, simulate
+from tests.simulation.test_cluster import CALM
+
+RESIZING = replace(CALM, resizes=True, tolerates_death=True)
+
+
+@pytest.mark.parametrize("stage", [None, Stage.FETCH, Stage.COMMIT])
+@pytest.mark.parametrize(
+    ("kind", "joined"), [("rank dead, others go on", 0), ("rank dead, a new process comes", 1)]
+)
+def test_the_living_go_on_after_a_death(kind: str, joined: int, stage: Stage | None) -> None:
+    for seed in range(4):
+        result = simulate(replace(RESIZING, seed=seed, faults=(FaultPlan(kind, 4, 3, stage),)))
+        assert result.violations == []
+        assert result.recovered
+        assert result.resizes["agreed"] == 1
+        assert result.resizes["ranks joined"] == joined
+        assert result.resizes["ranks left"] == 1 - joined
+
+
+def test_ranks_leave_and_come_back() -> None:
+    faults = (FaultPlan("ranks leave", 0, 3), FaultPlan("ranks join", 0, 12))
+    result = simulate(replace(RESIZING, faults=faults))
+    assert result.violations == []
+    assert result.resizes["agreed"] == 2
+    assert result.resizes["ranks joined"] == result.resizes["ranks left"] >= 1
+
+
+def test_a_rank_without_the_store_stops_and_the_others_go_on() -> None:
+    """Nothing but `ForwardStopped` may end its forward thread, wherever in `resize` it needs the store."""
+    for seed in range(4):
+        for rank in (0, 5):
+            faults = (FaultPlan("ranks leave", 1, 6), FaultPlan("store gone", rank, 6))
+            assert simulate(replace(RESIZING, seed=seed, faults=faults)).violations == []
+
+
+def test_a_rank_that_was_taken_for_dead_is_gone_though_the_resize_failed() -> None:
+    """The others learn that, and do not wait for it in the next pass."""
+    refused = 0
+    for seed in range(8):
+        result = simulate(replace(RESIZING, seed=seed, faults=(FaultPlan("rank taken for dead", 5, 3),)))
+        assert result.violations == []
+        assert result.recovered
+        refused += result.resizes["refused"]
+    assert refused
+
+
+def test_seeds_with_resizes_keep_every_rule() -> None:
+    tally = Tally()
+    for seed in range(4, 104, 5):
+        tally.add(simulate(draw_scenario(seed, 8)))
+    assert tally.failures == []
+    assert tally.resizes["agreed"] > 10
+    assert tally.resizes["experts loaded"] > 0
+    assert tally.resizes["calls that named lost experts"] > 0
