@@ -106,11 +106,11 @@ serve: vllm
 	@if [ -e $(VLLM)/.unavailable ]; then cat $(VLLM)/.unavailable; exit 1; fi
 	PYTHON=$(VLLM)/bin/python examples/vllm/serve.sh $(SERVE_OPTIONS)
 
-# Two parts at a time, each printed when it has ended: most wait for processes to start, for time-outs, and, at
-# first, for the environments to be fetched. What others publish overnight fails no build.
+# Two parts at a time: most wait for processes to start, for time-outs, and, at first, for the environments to
+# be fetched. What others publish overnight fails no build.
 test:
-	$(MAKE) --jobs=2 --output-sync=target vllm lint unit ascend
-	$(MAKE) --jobs=2 --output-sync=target vllm-tests processes simulation ascend-tests kernels wheel
+	$(MAKE) --jobs=2 vllm lint unit ascend
+	$(MAKE) --jobs=2 vllm-tests processes simulation ascend-tests kernels wheel
 	-$(MAKE) audit
 
 bench: $(PROJECT)
