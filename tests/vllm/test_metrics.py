@@ -25,8 +25,10 @@ VLLM_METRIC = "vllm:tokens_of_this_test"
 def published(rank: int) -> dict[str, object]:
     stats = BalancerStats(steps=600, cycles=1, moved_cycles=1, moved_experts=7, balancedness=0.8)
     stats.worst_layer_balancedness = 0.5
-    ages = {"map_age_s": 30.0, "last_cycle_age_s": 20.0, "step_running_s": 0.0}
-    status = {"state": "idle", "algorithm": "adaptive", **ages, **stats.as_dict()}
+    ages = {"map_age_s": 30.0, "last_cycle_age_s": 20.0, "last_success_age_s": 20.0}
+    running = {"step_running_s": 0.0, "stage_running_s": 0.0, "next_cycle_steps": 9}
+    waiting = {"waits_at": "", "waits_for": []}
+    status = {"state": "idle", "algorithm": "adaptive", **ages, **running, **waiting, **stats.as_dict()}
     return {"rank": rank, "ep_size": 2, "stage": 0, "models": {"moe": status}}
 
 
@@ -66,7 +68,9 @@ def front_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     ]
     for publisher in publishers:
         publisher.start()
+    deadline = time.monotonic() + 30
     while len(list(folder.iterdir())) < 2:
+        assert time.monotonic() < deadline, "nothing was published"
         time.sleep(0.01)
     yield
     for publisher in publishers:
