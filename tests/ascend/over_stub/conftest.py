@@ -33,3 +33,10 @@ def pair() -> Iterator[RankPool]:
 def four() -> Iterator[RankPool]:
     with RankPool(4, timeout_s=150.0) as pool:
         yield pool
+
+
+@pytest.fixture
+def lost_pair() -> Iterator[RankPool]:
+    """For one test whose groups of HCCL fail: torch_npu's watchdog ends such a process, at any later time."""
+    with RankPool(2, timeout_s=150.0) as pool:
+        yield pool

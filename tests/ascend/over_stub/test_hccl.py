@@ -154,9 +154,9 @@ def single_send(rank: int, num_ranks: int, store: Store) -> tuple[list[Call], bo
 # --- what goes wrong ---
 
 
-def test_calls_that_do_not_fit_reach_the_user_in_hccl_s_words(pair: RankPool) -> None:
+def test_calls_that_do_not_fit_reach_the_user_in_hccl_s_words(lost_pair: RankPool) -> None:
     """Either as an error, or from torch_npu's watchdog, which ends the process."""
-    for outcome in pair.outcomes(mismatched):
+    for outcome in lost_pair.outcomes(mismatched):
         assert outcome.error is not None
         assert "HcclAllReduce from rank" in outcome.error
         assert "and that rank's call is HcclAllReduce" in outcome.error
@@ -169,9 +169,9 @@ def mismatched(rank: int, num_ranks: int, store: Store) -> None:
         time.sleep(10.0)
 
 
-def test_a_rank_that_never_comes_is_told_with_what_to_do(pair: RankPool) -> None:
+def test_a_rank_that_never_comes_is_told_with_what_to_do(lost_pair: RankPool) -> None:
     """HCCL's own words and time-out, our advice, in one line."""
-    text = str(pair.run(alone)[0])
+    text = str(lost_pair.run(alone)[0])
     assert "EI0006: rank 0: not all of 2 ranks have joined within 2 s" in text
     assert "check that all have started, the network between the devices" in text
     assert "torch_npu: " in text
