@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 BAD_INPUT = 2
@@ -30,6 +31,9 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def main() -> None:
+    # Products of small matrices: many threads wait for each other longer than they compute, and the more, the
+    # busier the machine is. Read when numpy is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(run())
 
 
