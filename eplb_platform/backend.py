@@ -250,6 +250,19 @@ class Backend(ABC):
 
     # --- weights ---
 
+    def check_moved_together(  # noqa: B027  # most devices part nothing
+        self,
+        layer: Mapping[str, Sequence[torch.Tensor] | torch.Tensor],
+        moved: Sequence[str],
+        *,
+        slots: int,
+    ) -> None:
+        """Raise `ValueError` unless the moved tensors of a layer are all that belongs to its experts.
+
+        Forward thread, at start, for models that name the tensors of their layers (`NamedModel`).
+        layer: tensors by name; moved: those that balancing moves; slots: physical experts on this rank
+        """
+
     def allocate_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that `streams.copy` takes without synchronising the thread: pinned, on a device.
 
@@ -308,6 +321,20 @@ class Backend(ABC):
         offset: added to the token's row before the replica is chosen, so that ranks do not all choose the
         first. Returns int64 [tokens, top_k]; equal for equal arguments.
         """
+
+    def record_group_list(
+        self, load: torch.Tensor, group_list: torch.Tensor, group_list_type: int, *, first_slot: int
+    ) -> None:
+        """Count tokens where they are computed, from what an operator reports for the experts of this rank.
+
+        Forward thread, no synchronisation; can be captured. In place of the `load` of `map_and_record`, which
+        counts where tokens are sent from: with both, each would count twice.
+        load: int64 [physical], incremented in place; group_list: [slots], as the operator gives it
+        group_list_type: how it is to be read, in the vendor's numbers
+        first_slot: physical id of this rank's first expert
+        Raises `ValueError` for a list that cannot be read. Optional.
+        """
+        raise NotImplementedError(f"backend {self.name!r} lacks record_group_list")
 
     @abstractmethod
     def timer(self) -> DeviceTimer:

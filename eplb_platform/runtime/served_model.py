@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from eplb_platform.expert_map import ExpertMap
@@ -75,5 +75,17 @@ class MeasuredModel(ServedModel, Protocol):
     def measure_with(self, profiling: ComputeProfiling, backend: Backend) -> None:
         """Give `profiling` the timers of a pass, and from now on time the experts whenever it has some in
         `current`.
+        """
+        ...
+
+
+class NamedModel(ServedModel, Protocol):
+    """A model that names what its layers keep for each expert, for backends to see if all moves."""
+
+    def layer_tensors(self, layer: int) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+        """All that the layer keeps for the experts of this rank's slots, by name, moved or not.
+
+        Copies that an engine derives (of scales in another type, say) are among them. Those in
+        `expert_weights` are known by their memory.
         """
         ...

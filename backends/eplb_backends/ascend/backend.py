@@ -19,7 +19,14 @@ from eplb_backends.accelerator.transports import (
     check_nothing_waits,
     on_background_thread,
 )
-from eplb_backends.ascend import environment, hccl_group, nz_format, update_expert
+from eplb_backends.ascend import (
+    coupled_parameters,
+    environment,
+    hccl_group,
+    nz_format,
+    token_counts,
+    update_expert,
+)
 from eplb_backends.ascend.hccl_options import HcclOptions
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
 
@@ -92,6 +99,16 @@ class AscendBackend(AcceleratorBackend):
 
     # --- weights ---
 
+    def check_moved_together(
+        self,
+        layer: Mapping[str, Sequence[torch.Tensor] | torch.Tensor],
+        moved: Sequence[str],
+        *,
+        slots: int,
+    ) -> None:
+        """As `Backend.check_moved_together`: the scales of W8A8 and W4A8 move with their weights."""
+        coupled_parameters.check_moved_together(layer, moved, slots=slots)
+
     def allocate_staging(
         self, parameter: Sequence[torch.Tensor] | torch.Tensor, slots: int
     ) -> Sequence[torch.Tensor]:
@@ -129,6 +146,12 @@ class AscendBackend(AcceleratorBackend):
         return update_expert.map_and_record(
             operator, logical_ids, logical_to_physical, replica_count, load, offset
         )
+
+    def record_group_list(
+        self, load: torch.Tensor, group_list: torch.Tensor, group_list_type: int, *, first_slot: int
+    ) -> None:
+        """As `Backend.record_group_list`, of cumulative sums (type 0) and counts (type 1)."""
+        token_counts.add_to_load(load, group_list, group_list_type, first_slot=first_slot)
 
 
 def _module() -> DeviceModule:
