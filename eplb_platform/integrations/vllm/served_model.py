@@ -131,7 +131,10 @@ class VllmModel:
     def write_through(self, backend: Backend) -> None:
         """Write tables on a device through memory of this backend, which it allocates: before serving."""
         if self._state.physical_to_logical_map.device.type != "cpu":
-            self._writer = TableWriter(backend, self._state.logical_to_physical_map.dtype)
+            held, dtype = self._expert_map, self._state.logical_to_physical_map.dtype
+            width = max(self.routing_table_width, self._columns_in_use)
+            per_layer = held.num_physical_experts + held.num_logical_experts * (width + 1)
+            self._writer = TableWriter(backend, dtype, entries=held.num_layers * per_layer)
 
     def _write(self, table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
         """In place: captured graphs keep reading the table at its address."""
