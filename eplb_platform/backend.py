@@ -439,18 +439,35 @@ def _examine(name: str, offers: Sequence[EntryPoint]) -> tuple[BackendReport, ty
     try:
         import_torch()
         backend = offer.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return BackendReport(name, "", "", False, f"{offer.value} fails to import: {_one_line(error)}"), None
     fault = _fault(backend)
     if fault is not None:
         return BackendReport(name, "", "", False, f"{offer.value} {fault}"), None
     identity = name, backend.device_type, backend.collective
     try:
-        here = backend.availability()
-        report = BackendReport(*identity, here.usable, " ".join(here.reason.split()), dict(here.versions))
-    except (Exception, SystemExit) as error:
+        report = BackendReport(*identity, *_checked(backend.availability()))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         report = BackendReport(*identity, False, f"{offer.value}.availability() fails: {_one_line(error)}")
     return report, backend if report.usable else None
+
+
+def _checked(here: object) -> tuple[bool, str, dict[str, str]]:
+    """What `availability` says, as text; raises TypeError for what is no answer."""
+    if not isinstance(here, Availability):
+        raise TypeError(f"expected an Availability, got {here!r}")
+    if not isinstance(here.usable, bool):
+        raise TypeError(f"expected usable to be True or False, got {here.usable!r}")
+    if not isinstance(here.reason, str):
+        raise TypeError(f"expected reason to be text, got {here.reason!r}")
+    if not isinstance(here.versions, Mapping):
+        raise TypeError(f"expected versions to be a mapping, got {here.versions!r}")
+    versions = {str(name): str(version) for name, version in here.versions.items()}
+    return here.usable, " ".join(here.reason.split()) or "no reason given", versions
 
 
 def _fault(backend: object) -> str | None:
@@ -458,7 +475,7 @@ def _fault(backend: object) -> str | None:
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         return "is not a subclass of eplb_platform.backend.Backend"
     if backend.contract_version != CONTRACT_VERSION:
-        return f"is written for version {backend.contract_version} of the contract, not {CONTRACT_VERSION}"
+        return f"is written for version {backend.contract_version!r} of the contract, not {CONTRACT_VERSION}"
     if isabstract(backend):
         return f"lacks {', '.join(sorted(backend.__abstractmethods__))}"
     missing = [
@@ -470,4 +487,8 @@ def _fault(backend: object) -> str | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        message = " ".join(str(error).split())
+    except Exception as fault:
+        message = f"(its message cannot be had: {type(fault).__name__})"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -33,7 +33,9 @@ def import_torch() -> None:
     for extension in entry_points(group=_GROUP):
         try:
             extension.load()()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             _log.warning("torch extension %s is not loaded: %s", extension.name, _one_line(error))
             given = "0"
         _set_switch(given)  # an extension may have changed it

@@ -86,9 +86,9 @@ def backends(as_json: AsJson = False) -> None:
     """
     from dataclasses import asdict
 
-    from eplb_platform.backend import discover_backends
+    from eplb_platform.cli.listing import examine_backends
 
-    reports = discover_backends()
+    reports = examine_backends()
     if as_json:
         typer.echo(json.dumps([{**asdict(report), "versions": dict(report.versions)} for report in reports]))
         return

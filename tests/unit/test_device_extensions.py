@@ -53,12 +53,14 @@ def ask(site: Path, switch: str | None, before: str = "") -> tuple[list[object],
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-@pytest.mark.parametrize("switch", [None, "1"])
-def test_a_broken_extension_leaves_torch_and_the_others(site: Path, switch: str | None) -> None:
+@pytest.mark.parametrize(("switch", "error"), [(None, "OSError"), ("1", "BaseException")])
+def test_a_broken_extension_leaves_torch_and_the_others(site: Path, switch: str | None, error: str) -> None:
+    broken = site / "bad.py"
+    broken.write_text(broken.read_text().replace("OSError", error))
     offer(site, "bad", "good")
     answer, errors = ask(site, switch)
     assert answer == [[0.0, 0.0], "0", 1]
-    assert errors == "torch extension bad is not loaded: OSError: no driver\n"
+    assert errors == f"torch extension bad is not loaded: {error}: no driver\n"
 
 
 @pytest.mark.parametrize("switch", [None, "1"])

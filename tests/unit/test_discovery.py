@@ -25,6 +25,15 @@ TOY = """
         availability = classmethod(lambda cls: Availability(True, "ready", {"toy": "3.1"}))
 """
 
+ANSWERS = {
+    "none": "None",
+    "list": "Availability(True, 'ready', ['3.1'])",
+    "unsure": "Availability('yes', 'ready')",
+    "wordless": "Availability(False, '')",
+    "broken": "Availability(True, 'ready', (_ for _ in ()).throw(RuntimeError('no versions')))",
+}
+"""What an `availability` does that is no good one."""
+
 
 def install(site: Path, module: str, source: str, **entry_points: str) -> None:
     """What a package installer would leave: a module, and a dist-info folder with the entry points."""
@@ -131,6 +140,22 @@ def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path
         TOY + "        availability = classmethod(lambda cls: 1 / 0)\n",
         lost="vendor_lost:Toy",
     )
+    install(
+        tmp_path,
+        "vendor_stops",
+        "class Stop(BaseException): pass\nraise Stop('at import')",
+        stops="vendor_stops:Toy",
+    )
+    install(
+        tmp_path,
+        "vendor_mute",
+        "class E(Exception):\n    __str__ = None\nraise E()",
+        mute="vendor_mute:Toy",
+    )
+    for name, answer in ANSWERS.items():
+        source = TOY + f"        availability = classmethod(lambda cls: {answer})\n"
+        install(tmp_path, f"vendor_{name}", source, **{name: f"vendor_{name}:Toy"})
+    install(tmp_path, "vendor_text", TOY + "        contract_version = '1'\n", text="vendor_text:Toy")
     install(tmp_path, "vendor_one", TOY, twice="vendor_one:Toy")
     install(tmp_path, "vendor_two", TOY, twice="vendor_two:Toy")
 
@@ -153,6 +178,14 @@ def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path
         "old": "version 0 of the contract, not 1",
         "part": "lacks abort",
         "lost": "availability() fails: ZeroDivisionError",
+        "stops": "fails to import: Stop: at import",
+        "mute": "fails to import: E: (its message cannot be had: TypeError)",
+        "none": "availability() fails: TypeError: expected an Availability, got None",
+        "list": "expected versions to be a mapping, got ['3.1']",
+        "unsure": "expected usable to be True or False, got 'yes'",
+        "wordless": "no reason given",
+        "broken": "availability() fails: RuntimeError: no versions",
+        "text": "version '1' of the contract, not 1",
         "twice": "offered 2 times (vendor_one:Toy, vendor_two:Toy)",
     }
     assert reasons.keys() == expected.keys()
@@ -162,6 +195,22 @@ def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path
     assert reports["cpu"]["usable"]
     assert reports["good"]["usable"]
     assert reports["good"]["versions"] == {"toy": "3.1"}
+
+
+def test_the_command_prints_one_list_whatever_vendors_print(tmp_path: Path) -> None:
+    noise = "import os\nprint('banner')\nos.write(1, b'banner of C code')\n"
+    install(tmp_path, "vendor_loud", noise + dedent(TOY), loud="vendor_loud:Toy")
+    typed = TOY.replace('{"toy": "3.1"}', '{"toy": 3, "driver": None}')
+    install(tmp_path, "vendor_typed", typed, typed="vendor_typed:Toy")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "from eplb_platform.cli import main; main()", "backends", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    reports = {report["name"]: report for report in json.loads(done.stdout)}
+    assert done.stderr.count("banner") == 2
+    keys = {"name", "device_type", "collective", "usable", "reason", "versions"}
+    assert all(report.keys() == keys for report in reports.values())
+    assert reports["loud"]["usable"] and reports["cpu"]["usable"]
+    assert reports["typed"]["versions"] == {"toy": "3", "driver": "None"}
 
 
 def test_loading_by_name_imports_no_other_backend(tmp_path: Path) -> None:
