@@ -11,13 +11,14 @@ PROJECT      := $(VENV)/.project-installed
 VLLM         := .venv-vllm
 ASCEND       := .venv-ascend
 NIXL         := .nixl
+ENGINES      := .engines
 KERNEL_TESTS := $(addprefix tests/unit/test_,adaptive.py algorithms.py deepseek.py dispatch.py planning.py schedule.py)
 # One thread for each process: the tests run several ranks on few cores.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit lint unit simulation soak processes kernels wheel vllm vllm-tests ascend ascend-tests nixl-tests serve bench clean
+.PHONY: help install demo test check audit lint unit simulation soak processes kernels wheel vllm vllm-tests ascend ascend-tests engines engines-tests nixl-tests serve bench clean
 
 help:
 	@sed -n '1,5p' Makefile
@@ -92,6 +93,14 @@ ascend-tests: ascend
 	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs --ignore tests/ascend/over_stub tests/ascend
 	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python tests/ascend/cann_stub/run.py -m pytest -q -rs tests/ascend/over_stub
 
+# SGLang's and vllm-ascend's own EPLB modules, unpacked and nothing more, against which our files are tested.
+# Says why where they cannot be had.
+engines: $(PROJECT)
+	$(BIN)/python ci/engine_packages.py --folder $(ENGINES)
+
+engines-tests: engines
+	EPLB_ENGINES=$(ENGINES) $(BIN)/python -m pytest -q -rs tests/engines
+
 # NIXL, 340 MB, which nothing else needs: beside the environment, and not part of `test`.
 $(NIXL)/.installed: ci/requirements-nixl.txt | $(PROJECT)
 	rm -rf $(NIXL)
@@ -109,8 +118,8 @@ serve: vllm
 # Two parts at a time: most wait for processes to start, for time-outs, and, at first, for the environments to
 # be fetched. What others publish overnight fails no build.
 test:
-	$(MAKE) --jobs=2 vllm lint unit ascend
-	$(MAKE) --jobs=2 vllm-tests processes simulation ascend-tests kernels wheel
+	$(MAKE) --jobs=2 vllm lint unit ascend engines
+	$(MAKE) --jobs=2 vllm-tests processes simulation ascend-tests engines-tests kernels wheel
 	-$(MAKE) audit
 
 bench: $(PROJECT)

@@ -107,6 +107,12 @@ def _convert_map(request: Request, source_format: str, output_format: str) -> Ou
         notes.append(
             "layers are numbered from 0: for a model that begins with dense layers give --first-moe-layer"
         )
+    wasted = int(expert_map.same_rank_replicas.sum())
+    if wasted and output_format == "vllm_ascend":
+        notes.append(
+            f"{wasted} replicas share a rank with another of the same expert: vllm-ascend takes the experts of a "
+            "rank for different ones and would route tokens wrong; make another map with eplb plan"
+        )
     ranks = expert_map.topology.num_ranks
     if output_format != "vllm_ascend":
         notes.append(f"the format does not say its EP size: start the engine with {ranks} EP ranks")

@@ -1,7 +1,8 @@
 """Our files against what the engines' own loaders do with them.
 
-Those loaders do not run here: each check below describes, in our words, what one of them takes from the file
-and demands of it, and is as good as that description. vLLM's plugin, which does run, is tested in tests/vllm.
+Each check below describes, in our words, what one of them takes from the file and demands of it, on any map.
+The loaders themselves, where they can be had, run on a few maps in tests/engines and in tests/vllm
+(test_own_maps.py); TensorRT-LLM's cannot, so of that there is no more than this.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""Modules that stand in for what cannot be imported here, for a while."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+Provide = Callable[..., ModuleType]
+
+
+@contextmanager
+def imported_from(folder: Path, names: tuple[str, ...]) -> Iterator[Provide]:
+    """While it lasts, `folder` is imported from, and what it yields puts a stand-in module in place.
+
+    At the end the modules of the packages `names`, real ones and stand-ins, are forgotten, and those that
+    were there before are back.
+    """
+
+    def belongs(module: str) -> bool:
+        return module.partition(".")[0] in names
+
+    before = {name: module for name, module in sys.modules.items() if belongs(name)}
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        yield _provide
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if belongs(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _provide(name: str, **attributes: object) -> ModuleType:
+    """A module without a file, with these attributes."""
+    module = ModuleType(name)
+    for key, value in attributes.items():
+        setattr(module, key, value)
+    sys.modules[name] = module
+    return module
