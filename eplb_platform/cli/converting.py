@@ -110,8 +110,8 @@ def _convert_map(request: Request, source_format: str, output_format: str) -> Ou
     wasted = int(expert_map.same_rank_replicas.sum())
     if wasted and output_format == "vllm_ascend":
         notes.append(
-            f"{wasted} replicas share a rank with another of the same expert: vllm-ascend takes the experts of "
-            "a rank for different ones and would route tokens wrong; make another map with eplb plan"
+            f"{wasted} replicas share a rank with another of the same expert, which vllm-ascend takes for "
+            "different ones: it would route tokens wrong; make another map with eplb plan"
         )
     ranks = expert_map.topology.num_ranks
     if output_format != "vllm_ascend":
