@@ -218,6 +218,10 @@ class ExpertMap:
 
     def digest(self) -> str:
         """32 hexadecimal digits that depend on the content alone: the same on every rank and machine."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         topology = self._topology
         header = (
             self._physical_to_logical.shape,

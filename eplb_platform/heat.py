@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,6 +194,7 @@ class HeatWindows:
         self._physical[layers] = 0
 
 
+@cache
 def warm_up() -> None:
     """Compile what windows and step loads need, so that no forward pass waits for it."""
     from eplb_platform.heat_kernels import fold_load

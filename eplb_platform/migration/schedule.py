@@ -7,7 +7,7 @@ same schedule on every rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +75,8 @@ class Chunk:
     """[moves], the logical expert whose weights are copied."""
     map_after: ExpertMap
     """The whole map, every layer, once this chunk is committed."""
+    _seen: dict[tuple[int, bool], RankMoves] = field(default_factory=dict, init=False, repr=False)
+    """By rank and whether it receives; a rank looks at its moves several times."""
 
     @property
     def num_moves(self) -> int:
@@ -88,15 +90,18 @@ class Chunk:
 
     def receives_of(self, rank: int) -> RankMoves:
         """What arrives on `rank`, copies within the rank included; the i-th takes row i of its staging."""
-        slots = self.map_after.slots_per_rank
-        which = np.flatnonzero(self.target // slots == rank)
-        return self._seen_from(self.target[which], self.source[which], which)
+        if (rank, True) not in self._seen:
+            which = np.flatnonzero(self.target // self.map_after.slots_per_rank == rank)
+            self._seen[rank, True] = self._seen_from(self.target[which], self.source[which], which)
+        return self._seen[rank, True]
 
     def sends_of(self, rank: int) -> RankMoves:
         """What `rank` sends to other ranks."""
-        slots = self.map_after.slots_per_rank
-        which = np.flatnonzero((self.source // slots == rank) & (self.target // slots != rank))
-        return self._seen_from(self.source[which], self.target[which], which)
+        if (rank, False) not in self._seen:
+            slots = self.map_after.slots_per_rank
+            which = np.flatnonzero((self.source // slots == rank) & (self.target // slots != rank))
+            self._seen[rank, False] = self._seen_from(self.source[which], self.target[which], which)
+        return self._seen[rank, False]
 
     def _seen_from(self, here: Ids, there: Ids, which: NDArray[np.int64]) -> RankMoves:
         slots = self.map_after.slots_per_rank

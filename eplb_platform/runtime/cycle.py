@@ -393,7 +393,7 @@ class Cycle:
     async def _broadcast(self, planned: ExpertMap) -> ExpertMap:
         slots = planned.physical_to_logical.astype(np.int64)
         slots = await self._link.group.broadcast(slots, self._link.planning_rank)
-        return ExpertMap(slots, planned.num_logical_experts, planned.topology)
+        return _received_map(slots, planned)
 
     async def _rearrange(self, planned: ExpertMap, aim: RoutingTables | None) -> None:
         with self._timed(Stage.SCHEDULE):
@@ -528,6 +528,10 @@ def _check_plan(planned: object, current: ExpertMap) -> None:
         or planned.topology != current.topology
     ):
         raise ValueError(f"the planner returned {planned!r}, expected one like {current!r}")
+
+
+def _received_map(slots: NDArray[np.int64], like: ExpertMap) -> ExpertMap:
+    return ExpertMap(slots, like.num_logical_experts, like.topology)
 
 
 def _outcome_of(aborted: CycleAborted) -> Outcome:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from eplb_platform.runtime.agreement import FIRST_POLL_S, SLOWEST_POLL_S
@@ -83,22 +84,22 @@ class Verdict:
     def text(self) -> str:
         return json.dumps(asdict(self))
 
-    @property
+    @cached_property
     def present(self) -> list[int]:
         """The ranks that take part, ascending."""
         return sorted(int(rank) for rank in self.incarnation_of or ())
 
-    @property
+    @cached_property
     def staying(self) -> list[int]:
         """Ranks that are active before and after."""
         return [rank for rank in self.members if rank in self.active_ranks]
 
-    @property
+    @cached_property
     def joining(self) -> list[int]:
         """Active ranks that have no weights yet."""
         return [rank for rank in self.active_ranks if rank not in self.members]
 
-    @property
+    @cached_property
     def dead(self) -> list[int]:
         """Ranks whose weights are gone."""
         return [rank for rank in self.before if rank not in self.members]

@@ -142,7 +142,8 @@ class Resizing:
             logger.error("rank %d: experts without a living replica: %s", self.link.rank, names)
             if not self.verdict.can_load:
                 raise LostExpertsError(lost, self.verdict.dead)
-        leaving = [rank for rank in range(self.link.num_ranks) if rank not in self.verdict.staying]
+        staying = self.verdict.staying
+        leaving = [rank for rank in range(self.link.num_ranks) if rank not in staying]
         return bool(lost or self.verdict.joining or experts_without(current, leaving))
 
     async def _maps(self, current: ExpertMap | None, moves: bool) -> tuple[ExpertMap, ExpertMap]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
@@ -33,11 +34,12 @@ class Task:
 
 
 class _Suspension:
-    def __await__(self) -> Generator[None, None, None]:
-        yield
+    """Gives the turn back to the scheduler once; without a frame of its own, since there are so many."""
+
+    __await__ = partial(iter, (None,))
 
 
-_SUSPENDED = _Suspension()
+_SUSPENDED: Awaitable[None] = _Suspension()
 
 
 class Scheduler:
@@ -80,20 +82,24 @@ class Scheduler:
         self._number += 1
         heappush(self._queue, (time, self._number, action, 0))
 
-    async def sleep(self, seconds: float) -> None:
-        """Let the current task go on `seconds` later, whoever wakes it."""
-        assert self.current is not None
-        self._resume_at(self.now + seconds, self.current)
-        await _SUSPENDED
+    def sleep(self, seconds: float) -> Awaitable[None]:
+        """Let the current task, which awaits this at once, go on `seconds` later, whoever wakes it."""
+        task = self.current
+        assert task is not None
+        self._number += 1
+        heappush(self._queue, (self.now + seconds, self._number, task, task.turn))
+        return _SUSPENDED
 
-    async def park(self, timeout_s: float | None) -> None:
-        """Let the current task go on when it is woken, or after `timeout_s` seconds."""
+    def park(self, timeout_s: float | None) -> Awaitable[None]:
+        """Let the current task, which awaits this at once, go on when it is woken, or after `timeout_s`
+        seconds.
+        """
         task = self.current
         assert task is not None
         task.is_parked = True
         if timeout_s is not None:
             self._resume_at(self.now + timeout_s, task)
-        await _SUSPENDED
+        return _SUSPENDED
 
     def wake(self, task: Task) -> None:
         """A parked task goes on soon; any other is left alone."""
@@ -113,7 +119,7 @@ class Scheduler:
 
     def run(self) -> None:
         """Let time pass until `stop` is called. Raises `Stuck` when that cannot happen any more."""
-        queue = self._queue
+        queue, frozen = self._queue, self._frozen
         while not self._is_stopped:
             if not queue:
                 raise Stuck("nothing is left to happen")
@@ -124,25 +130,28 @@ class Scheduler:
             self.events += 1
             if not isinstance(what, Task):
                 what()
-            elif turn == what.turn:
-                self._go_on(what)
+                continue
+            if turn != what.turn or (frozen and self._is_frozen(what)):
+                continue
+            what.turn += 1
+            what.is_parked = False
+            self.current = what
+            try:
+                what.coroutine.send(None)
+            except StopIteration:
+                what.is_done = True
+            except Exception as error:
+                what.is_done, what.error = True, error
+            self.current = None
 
-    def _go_on(self, task: Task) -> None:
+    def _is_frozen(self, task: Task) -> bool:
+        """Whether the task has to wait for its rank; it goes on then."""
         thaw = self._frozen.get(task.rank)
-        if thaw is not None and thaw > self.now:
-            self._number += 1
-            heappush(self._queue, (thaw + WAKE_S * self.random.random(), self._number, task, task.turn))
-            return
-        task.turn += 1
-        task.is_parked = False
-        self.current = task
-        try:
-            task.coroutine.send(None)
-        except StopIteration:
-            task.is_done = True
-        except Exception as error:
-            task.is_done, task.error = True, error
-        self.current = None
+        if thaw is None or thaw <= self.now:
+            return False
+        self._number += 1
+        heappush(self._queue, (thaw + WAKE_S * self.random.random(), self._number, task, task.turn))
+        return True
 
     def _resume_at(self, time: float, task: Task) -> None:
         if self.current is not task:

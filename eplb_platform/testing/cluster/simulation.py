@@ -16,8 +16,8 @@ import numpy as np
 
 from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.heat import warm_up as warm_up_heat
 from eplb_platform.runtime.cycle import Stage
+from eplb_platform.testing.cluster.computed_once import computed_once
 from eplb_platform.testing.cluster.engine import Engine, Trace
 from eplb_platform.testing.cluster.membership import Membership, Wish
 from eplb_platform.testing.cluster.network import Network
@@ -93,6 +93,7 @@ def simulate(scenario: Scenario | int, *, keep_trace: bool = False) -> Result:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eplb-cluster-")))
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)
+        stack.enter_context(computed_once())
         return _Simulation(scenario, folder, keep_trace).run()
 
 
@@ -100,7 +101,6 @@ class _Simulation:
     """The parts of one run, and what its end is judged by."""
 
     def __init__(self, scenario: Scenario, folder: Path | None, keep_trace: bool) -> None:
-        warm_up_heat()
         self.scenario = scenario
         self.random = random.Random(f"faults {scenario.seed}")
         self.scheduler = Scheduler(scenario.seed, limit_s=3600)

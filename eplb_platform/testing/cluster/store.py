@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 from eplb_platform.runtime.ports import ControlPlane
 from eplb_platform.testing.cluster.scheduler import Scheduler, Task
 
 Result = TypeVar("Result")
+Request: TypeAlias = Coroutine[Any, Any, Result]
 
 LATENCY_S = 4e-4
 """Mean time of a request on its way to the store."""
@@ -39,9 +41,6 @@ class SimulatedStore:
             for task in self._waiting.pop(key, ()):
                 self._scheduler.wake(task)
         return self.values[key]
-
-    def read(self, key: str) -> str | None:
-        return self.values.get(key)
 
     def read_all(self, keys: Sequence[str]) -> list[str]:
         return [self.values[key] for key in keys]
@@ -101,24 +100,24 @@ class SimulatedPlane(ControlPlane):
         self._timeout_s = timeout_s
         self._on_request = on_request
 
-    async def settle(self, key: str, value: str) -> str:
-        return await self._request(lambda: self._store.settle(key, value))
+    def settle(self, key: str, value: str) -> Request[str]:
+        return self._request(partial(self._store.settle, key, value))
 
     async def read(self, key: str) -> str | None:
-        value = await self._request(lambda: self._store.read(key), at_once=0.6)
+        value = await self._request(partial(self._store.values.get, key), at_once=0.6)
         if value is None and self._scheduler.current is not None:
             self._scheduler.current.looked_for.append(key)
         return value
 
-    async def read_all(self, keys: Sequence[str]) -> list[str]:
-        return await self._request(lambda: self._store.read_all(keys))
+    def read_all(self, keys: Sequence[str]) -> Request[list[str]]:
+        return self._request(partial(self._store.read_all, keys))
 
-    async def count(self, key: str) -> int:
-        return await self._request(lambda: self._store.count(key), at_once=0.5)
+    def count(self, key: str) -> Request[int]:
+        return self._request(partial(self._store.count, key), at_once=0.5)
 
     async def forget(self, keys: Sequence[str]) -> None:
         if keys:
-            await self._request(lambda: self._store.forget(keys))
+            await self._request(partial(self._store.forget, keys))
 
     async def _request(self, execute: Callable[[], Result], at_once: float = 0.2) -> Result:
         """The latency is drawn anew for each request, so that those of two ranks overtake each other.
