@@ -226,8 +226,8 @@ class Backend(ABC):
 
         Called inside `streams.transfer()`. Received tensors are only to be read on that stream, or by streams
         that waited for a mark recorded on it afterwards. Raises `GroupError`; what was received is then
-        undefined. Where `enqueues_on_forward`, it is called at start only, by the thread that called
-        `connect`.
+        undefined. Where `enqueues_on_forward`, it is called where no model runs, at start and by `resize`, on
+        the forward thread of every rank.
         """
 
     # --- the same, where the forward thread has to enqueue it: `enqueues_on_forward` ---

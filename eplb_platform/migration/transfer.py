@@ -111,7 +111,7 @@ class Migrator:
     def fetch(self, chunk: Chunk) -> None:
         """Receive this rank's new experts of `chunk` into staging, and send what other ranks need.
 
-        Background thread; where the forward thread has to enqueue exchanges, only that one, before it serves.
+        Background thread; forward thread at start and in a `resize`, where all ranks wait for each other.
         Every rank calls it with the same chunk, after its own `swap` of the one before. Slots keep their old
         weights. Raises GroupError, and MigrationError when the staging is too small for the chunk.
         """

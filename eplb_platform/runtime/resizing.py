@@ -117,9 +117,6 @@ class Resizing:
             if moves:
                 await link.group.rebuild(verdict.epoch, verdict.present)
                 self.has_group = True
-                if link.group.enqueues_on_forward:  # this is the forward thread, and all others are here
-                    link.group.open_exchange(verdict.epoch)
-                    link.open_epoch = verdict.epoch
             current, target = await self._maps(current, moves)
             await self._agree("target", fingerprint(current, target), same)
             if moves:
@@ -166,6 +163,8 @@ class Resizing:
         )
 
     async def _move(self, current: ExpertMap, target: ExpertMap) -> None:
+        """This is the forward thread, and all others are here: it enqueues exchanges where it has to."""
+        link = self.link
         chunks = resize_chunks(
             current,
             target,
@@ -173,11 +172,9 @@ class Resizing:
             staying=self.verdict.staying,
             staging_slots=await self._staging_slots(),
         )
-        if self.link.group.enqueues_on_forward:
-            raise self._refusal(
-                "weights have to move, which the backend's transport by the forward thread cannot do then: "
-                "choose transport 'host'"
-            )
+        if link.group.enqueues_on_forward:
+            link.group.open_exchange(self.verdict.epoch)
+            link.open_epoch = self.verdict.epoch
         for index, chunk in enumerate(chunks):
             await self.link.group.fetch(chunk)
             chunk.map_after.derive_tables()

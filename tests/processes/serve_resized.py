@@ -13,7 +13,9 @@ from torch.distributed import Store
 
 from eplb_backends.cpu import CpuBackend
 from eplb_platform import EplbConfig
+from eplb_platform.backend import Backend
 from eplb_platform.runtime import Balancer, LostExpertsError, ResizeError, start_balancer
+from tests.processes.serve_by_forward import ObservedBackend, await_forward_stream
 from tests.processes.serve_tagged import DYNAMIC
 from tests.processes.tagged_model import NUM_EXPERTS, NUM_REDUNDANT, TaggedModel, tag
 
@@ -56,15 +58,23 @@ class Server:
     """One rank through all its lives."""
 
     def __init__(
-        self, rank: int, num_ranks: int, store: Store, redundant: int, config: dict[str, object]
+        self,
+        rank: int,
+        num_ranks: int,
+        store: Store,
+        redundant: int,
+        config: dict[str, object],
+        by_forward: bool,
     ) -> None:
+        """by_forward: exchanges are enqueued by the forward thread, on a simulated device."""
         self.rank, self.num_ranks, self.store = rank, num_ranks, store
         self.redundant = redundant
         self.config = EplbConfig.from_additional_config({"eplb_config": config}, environ={})
         self.step = 0
+        self.by_forward = by_forward
 
     def start(self, active: Sequence[int], *, is_fresh: bool) -> None:
-        self.backend = CpuBackend()
+        self.backend: Backend = ObservedBackend(self.rank) if self.by_forward else CpuBackend()
         slots = (NUM_EXPERTS + self.redundant) // self.num_ranks
         redundant = slots * len(active) - NUM_EXPERTS
         self.model = TaggedModel(
@@ -86,11 +96,17 @@ class Server:
 
     def serve(self, steps: int, result: ResizeResult) -> None:
         for _ in range(steps):
+            self.settle()
             wrong, load = self.model.forward(self.step)
             result.wrong_tokens += wrong
             result.served += 1
             self.balancer.step(load)
             self.step += 1
+
+    def settle(self) -> None:
+        """A pass reads its weights on the host, once the device has done what was enqueued."""
+        if isinstance(self.backend, ObservedBackend):
+            await_forward_stream(self.backend)
 
     def _load(self, layer: int, expert: int) -> list[torch.Tensor]:
         said = tag(layer, torch.tensor([expert]))
@@ -108,10 +124,11 @@ def serve_resized(
     segments: Sequence[Segment],
     redundant: int = NUM_REDUNDANT,
     config: dict[str, object] | None = None,
+    by_forward: bool = False,
 ) -> ResizeResult:
     """Serve all segments; a rank that is not active in one waits for the next."""
     result = ResizeResult()
-    server = Server(rank, num_ranks, store, redundant, config or DYNAMIC)
+    server = Server(rank, num_ranks, store, redundant, config or DYNAMIC, by_forward)
     server.start(segments[0].active, is_fresh=rank not in segments[0].active)
     active = segments[0].active
     for number, segment in enumerate(segments):
@@ -139,6 +156,7 @@ def serve_resized(
         store.set(f"step/{number}", str(server.step)) if rank == active[0] else None
         result.maps.append(balancer.expert_map.physical_to_logical)
         result.active.append(balancer.is_active)
+        server.settle()
         result.misplaced.append(server.model.misplaced_experts(balancer.expert_map))
         result.commits.append(balancer.stats.commits)
         result.cycles.append(balancer.stats.cycles)

@@ -54,6 +54,26 @@ def test_a_dead_ranks_experts_are_served_by_the_living(ranks: RankPool, dead: tu
     check_served_right(results, segments)
 
 
+def test_exchanges_that_the_forward_thread_enqueues_move_them_too(ranks: RankPool) -> None:
+    """One rank leaves drained, comes back, and dies; a transfer that breaks in between changes nothing."""
+    segments = [
+        Segment(ALL, steps=30),
+        Segment((0, 1, 3), steps=30),
+        Segment(ALL, steps=5, fails_on=1),
+        Segment(ALL, steps=30),
+        Segment((0, 2, 3), (1,), absent=(1,), steps=30, can_load=True),
+    ]
+    config = {**DYNAMIC, "transfer_timeout_s": 3.0}
+    results = ranks.run(serve_resized, segments, 8, config, True)
+    assert "rank 1: RuntimeError: the transfer broke" in results[0].errors[2]
+    for number in (1, 3, 4):
+        seen = [results[rank] for rank in segments[number].active]
+        assert [result.errors[number] for result in seen] == [""] * len(seen)
+        assert [result.misplaced[number] for result in seen] == [0] * len(seen)
+    assert [result.wrong_tokens for result in results] == [0] * NUM_RANKS
+    assert results[0].commits[-1] > results[0].commits[-2], results[0].last_error
+
+
 def test_lost_experts_are_named_and_nothing_is_served_until_they_are_loaded(ranks: RankPool) -> None:
     without = Segment((0, 2, 3), (1,), absent=(1,), steps=0)
     loading = Segment((0, 2, 3), (1,), absent=(1,), can_load=True)
