@@ -491,7 +491,10 @@ class Cycle:
     async def _end(self, reason: str, outcome: Outcome) -> None:
         self.report.reason, self.report.outcome = reason, outcome
         if self.report.chunks_committed:  # so that the record shows the map in force
-            await self._record(self._map)
+            try:
+                await self._record(self._map)
+            except Exception as error:  # what ended the cycle is the reason that counts
+                self.report.record_error = f"{type(error).__name__}: {error}"
 
     # --- bookkeeping ---
 

@@ -121,6 +121,16 @@ def test_a_rank_that_could_not_tell_of_its_failure_does_so_later(stage: Stage) -
         assert result.violations == []
 
 
+def test_a_record_that_fails_behind_a_cycle_that_ended_early_fails_nothing_else() -> None:
+    """A rank shuts down when some chunks are committed, and their map is recorded all the same."""
+    faults = (
+        FaultPlan("exception in a stage of all ranks", 6, 3, Stage.RECORD),
+        FaultPlan("shutdown", 7, 9, None),
+    )
+    for seed in range(3):
+        assert simulate(replace(CALM, seed=seed, uneven_steps=0.9, faults=faults)).violations == []
+
+
 @pytest.mark.parametrize("tolerates", [False, True])
 def test_when_a_rank_dies_the_others_serve_on_or_all_end(tolerates: bool) -> None:
     death = FaultPlan("rank dead", 4, 3, Stage.COMMIT)

@@ -228,8 +228,7 @@ class Engine:
 
     def cannot_resize(self, why: str) -> None:
         """The engine gives up."""
-        if not self.scenario.device_group:
-            self.violate(f"no resize succeeds: {why}")
+        self.violate(f"no resize succeeds: {why}")
         self._fail(why)
 
     def _lost_experts(self, living: set[int]) -> list[tuple[int, int]]:

@@ -199,7 +199,6 @@ def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
         scenario,
         resizes=True,
         tolerates_death=True,
-        device_group=scenario.device_group and draw.random() < 0.2,
         faults=(*others, *resizes),
     )
 
