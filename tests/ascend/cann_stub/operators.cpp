@@ -161,8 +161,14 @@ int prepare_fill(const char *name, const Tensor &target, long double value, std:
                  Executor **executor) {
     if (bytes_of(target.type) == 0) return fail(kUnsupported, "%s: no type %d", name, target.type);
     const auto task = [=] {
-        for (std::int64_t index = 0; index < elements(target.shape); ++index)
-            store(target.at(index), target.type, value);
+        const std::int64_t number = elements(target.shape);
+        const std::size_t size = bytes_of(target.type);
+        char element[8];
+        store(element, target.type, value);
+        const bool is_dense = target.is_dense();
+        char *place = number > 0 ? target.at(0) : nullptr;
+        for (std::int64_t index = 0; index < number; ++index, place += size)
+            std::memcpy(is_dense ? place : target.at(index), element, size);
         return static_cast<int>(kSuccess);
     };
     return prepare(name, task, workspace, executor);

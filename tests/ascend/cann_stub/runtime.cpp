@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 #include <unistd.h>
 #include <utility>
 
@@ -322,4 +323,9 @@ API int aclrtMemsetAsync(void *target, std::size_t room, std::int32_t value, std
 extern "C" long cann_stub_refuse(const char *symbol) {
     std::fprintf(stderr, "cann_stub: %s was called, which the stub does not have\n", symbol);
     return fail(kUnsupported, "%s was called, which the stub does not have", symbol);
+}
+
+extern "C" long cann_stub_throw(const char *symbol) {
+    cann_stub_refuse(symbol);
+    throw std::runtime_error(recent_message());
 }

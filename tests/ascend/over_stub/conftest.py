@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-# For one file: a rank that has used its device keeps a core busy even when it has nothing to do.
+# For one file: what its tests leave on a device should reach no other.
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
     with RankPool(2, timeout_s=150.0) as pool:
