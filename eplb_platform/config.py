@@ -221,7 +221,8 @@ class EplbConfig(BaseModel):
     )
     compute_cost_alpha: _Fraction = Field(
         default=0.5,
-        description="Share of the measured compute cost in the load: 0 tokens alone, 1 cost alone.",
+        description="Share of the measured compute cost in the load: 0 levels the ranks' tokens, 1 their "
+        "time, what lies between neither quite.",
     )
     expert_compute_profiling_warmup_steps: _Count = Field(
         default=10, description="Steps before the first measurement of compute time."

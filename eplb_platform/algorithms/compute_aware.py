@@ -21,7 +21,7 @@ from eplb_platform.topology import Topology
 class ComputeAware(Algorithm):
     """Another algorithm, working on tokens blended with what they cost; expert groups do not count.
 
-    alpha: share of the cost in the blend: 0 tokens alone, 1 cost alone
+    alpha: share of the cost in the blend: 0 tokens alone, 1 cost alone, as whoever hands over a cost expects
     engine: the algorithm that places
     engine_options: go to it
 
@@ -32,7 +32,7 @@ class ComputeAware(Algorithm):
     hierarchical: ClassVar[bool] = False
 
     def __init__(
-        self, *, alpha: float = 0.5, engine: str = DEFAULT_ALGORITHM, **engine_options: OptionValue
+        self, *, alpha: float = 1.0, engine: str = DEFAULT_ALGORITHM, **engine_options: OptionValue
     ) -> None:
         self.alpha = _checked_alpha(alpha)
         if engine in (ComputeAware.name, ComputeAwareHierarchical.name):

@@ -13,6 +13,12 @@ class BadInput(ValueError):
     """What the user gave cannot be used; the message is the one line that the command prints."""
 
 
+def bad_input(command: str, error: Exception) -> BadInput:
+    """The one line that the command prints for `error`; it names the command once."""
+    message = str(error)
+    return BadInput(message if message.startswith(f"{command}: ") else f"{command}: {message}")
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run the command with `arguments` (those of the process by default) and return its exit code."""
     import typer
@@ -22,7 +28,8 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         code = application(args=arguments, prog_name="eplb", standalone_mode=False)
     except typer.TyperException as error:
-        return _say(f"{error.format_message()} (see eplb --help)")
+        context = getattr(error, "ctx", None)
+        return _say(f"{error.format_message()} (see {context.command_path if context else 'eplb'} --help)")
     except BadInput as error:
         return _say(str(error))
     except (KeyboardInterrupt, typer.Abort):

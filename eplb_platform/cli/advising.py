@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eplb_platform.algorithms import AlgorithmError
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.cli.estimating import Deployment
 from eplb_platform.cli.files import iterations, read_trace
 from eplb_platform.cli.tables import plain_lines, right_aligned
@@ -177,11 +177,11 @@ def run(request: Request, progress: Callable[[str, int, int], None]) -> Outcome:
             trace, question, steps=steps_of(trace, iterations(request.iter_range)), progress=progress
         )
     except BadInput as error:
-        raise BadInput(f"advise: {error}") from error
+        raise bad_input("advise", error) from error
     except OSError as error:
         raise BadInput(f"advise: {error.filename or request.trace}: {describe(error)}") from error
     except (RecordError, AlgorithmError, ValueError) as error:
-        raise BadInput(f"advise: {error}") from error
+        raise bad_input("advise", error) from error
     return Outcome(request, trace, advice)
 
 

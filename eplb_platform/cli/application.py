@@ -179,12 +179,20 @@ def plan(
     ] = None,
     num_slots: Annotated[
         int | None,
-        typer.Option(min=1, help="Physical experts of all ranks.", show_default="those of --current"),
+        typer.Option(
+            min=1,
+            help="Physical experts of all ranks: experts + redundant ones, a multiple of --ep-size.",
+            show_default="those of --current",
+        ),
     ] = None,
     num_nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks stand on.")] = 1,
     num_expert_groups: ExpertGroups = 1,
     algorithm: Annotated[
-        str | None, typer.Option(help="The algorithm that plans.", show_default="the library's default")
+        str | None,
+        typer.Option(
+            help="The algorithm that plans.",
+            show_default="the library's default; compute_aware with --compute-cost",
+        ),
     ] = None,
     current: Annotated[
         Path | None, typer.Option(metavar="MAP", help="The map in use: plan few moves away from it.")
@@ -197,7 +205,7 @@ def plan(
         typer.Option(
             metavar="FILE",
             help="Time of one token in each expert, [layers, experts] (.json, .npy, .safetensors), "
-            "for --algorithm compute_aware.",
+            "as measured while serving (compute_cost_record_path): plan by time.",
         ),
     ] = None,
     phase: Annotated[

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eplb_platform.algorithms import AlgorithmError
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.offline.bench import (
     Contender,
     Load,
@@ -128,7 +128,7 @@ def bench(request: Request, progress: Callable[[str, int, int], None]) -> Outcom
     except BadInput:
         raise
     except (ValueError, AlgorithmError) as error:
-        raise BadInput(f"bench: {error}") from error
+        raise bad_input("bench", error) from error
     reports: list[Report] = []
     total = len(cases) * len(rivals)
     warm = set()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.balance import moved_experts
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import bad_input
 from eplb_platform.cli.files import read_map, read_trace
 from eplb_platform.offline.report import Report, make_report
 from eplb_platform.records.fault import RecordError
@@ -101,7 +101,7 @@ def compare(first: Path, second: Path, load: Path, ep_size: int | None) -> Outco
         ]
         report = make_report(trace, {f"A ({first})": maps[0], f"B ({second})": maps[1]}, num_bins=1)
     except (RecordError, ValueError) as error:
-        raise BadInput(f"compare: {error}") from error
+        raise bad_input("compare", error) from error
     same_size = maps[0].topology.num_ranks == maps[1].topology.num_ranks
     return Outcome((first, second), report, moved_experts(*maps) if same_size else None)
 

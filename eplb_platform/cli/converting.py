@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.cli.files import (
     MAP_FORMAT_OF_SUFFIX,
     format_name,
     identified,
     read_map,
     read_trace,
+    serving_line,
     write_map,
 )
 from eplb_platform.records import formats, load_trace, sglang_recorder, tensorrt_llm_statistics
@@ -73,7 +74,7 @@ def convert(request: Request) -> Outcome:
             return _convert_map(request, source_format, output_format)
         return _convert_trace(request, source_format, output_format)
     except (RecordError, ValueError) as error:
-        raise BadInput(f"convert: {error}") from error
+        raise bad_input("convert", error) from error
 
 
 def _output_format(request: Request, kind: str) -> str:
@@ -88,6 +89,11 @@ def _output_format(request: Request, kind: str) -> str:
     if name is None or name not in known:
         names = ", ".join(each.replace("_", "-") for each in known)
         what = "an expert map" if kind == formats.MAP else "recorded load"
+        if kind == formats.TRACE and name in formats.MAP_FORMATS:
+            raise BadInput(
+                f"convert: {request.source} is recorded load, which a map cannot hold: "
+                f"eplb plan {request.source} -o {request.output} makes a map for it"
+            )
         raise BadInput(f"convert: {request.source} is {what}: give --to, one of {names}")
     return name
 
@@ -113,12 +119,11 @@ def _convert_map(request: Request, source_format: str, output_format: str) -> Ou
             f"{wasted} replicas share a rank with another of the same expert, which vllm-ascend takes for "
             "different ones: it would route tokens wrong; make another map with eplb plan"
         )
-    ranks = expert_map.topology.num_ranks
-    if output_format != "vllm_ascend":
-        notes.append(f"the format does not say its EP size: start the engine with {ranks} EP ranks")
+    notes.append(f"served with by {serving_line(request.output, output_format, expert_map)}")
     summary = (
         f"{expert_map.num_layers} layers, {expert_map.num_logical_experts} experts + "
-        f"{expert_map.num_redundant_experts} redundant, {ranks} ranks of {expert_map.slots_per_rank} slots"
+        f"{expert_map.num_redundant_experts} redundant, "
+        f"{expert_map.topology.num_ranks} ranks of {expert_map.slots_per_rank} slots"
     )
     return Outcome(request, "map", source_format, output_format, summary, tuple(notes))
 
@@ -138,6 +143,8 @@ def _convert_trace(request: Request, source_format: str, output_format: str) -> 
         sglang_recorder.write(request.output, trace)
     else:
         load_trace.write(request.output, trace)
+    if request.output.suffix == ".json":
+        notes.append(f"this is load and no map: eplb plan {request.output} makes a map for it")
     if output_format != "trace" and trace.num_steps and (trace.phase != formats.MIXED).any():
         notes.append("the format does not hold phases: they are lost")
     summary = f"{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_logical_experts} experts"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.demo.settings import CheckedSettings, DemoSettings, check
 
 FAILED = 1
@@ -41,7 +41,7 @@ def _check(given: Mapping[str, object], quick: bool) -> CheckedSettings:
         checked = check(replace(options, **given))  # type: ignore[arg-type]
         _check_backend(checked.options.backend)
     except (ValueError, RuntimeError) as error:
-        raise BadInput(f"demo: {error}") from error
+        raise bad_input("demo", error) from error
     return checked
 
 

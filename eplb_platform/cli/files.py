@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from eplb_platform.cli import BadInput
@@ -20,6 +22,21 @@ MAP_FORMAT_OF_SUFFIX = {
 }
 # Names that people give, and what they mean.
 _ALIASES = {"json": "vllm_ascend", "safetensors": "trace", "statistics": "tensorrt_llm"}
+
+
+def serving_line(path: Path, format: str, expert_map: ExpertMap) -> str:
+    """How an engine is started with the map at `path`, which is of this format."""
+    ranks = expert_map.topology.num_ranks
+    if format == "vllm_ascend":
+        config = shlex.quote(json.dumps({"eplb_config": {"expert_map_path": str(path)}}))
+        return f"vllm-ascend, and vLLM with this plugin, on {ranks} EP ranks: --additional-config {config}"
+    if format == "sglang":
+        flags = f"--ep-size {ranks} --ep-num-redundant-experts {expert_map.num_redundant_experts}"
+        return f"SGLang: {flags} --init-expert-location {shlex.quote(str(path))}"
+    if format == "tensorrt_llm":
+        config = f"moe_expert_parallel_size: {ranks}, moe_config: {{load_balancer: {path}}}"
+        return f"TensorRT-LLM: {config} in its configuration file"
+    return "vLLM: no option; with this plugin it takes vllm-ascend's format"
 
 
 def format_name(text: str | None) -> str | None:

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.algorithms import DEFAULT_ALGORITHM, AlgorithmError, Plan, rebalance_experts
+from eplb_platform.algorithms.compute_aware import ComputeAware
 from eplb_platform.algorithms.discovery import OptionValue, make_algorithm
 from eplb_platform.algorithms.survival import Survival
 from eplb_platform.algorithms.survival import warm_up as warm_up_survival
 from eplb_platform.balance import window_balancedness
-from eplb_platform.cli import BadInput
-from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, iterations, write_map
+from eplb_platform.cli import BadInput, bad_input
+from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, iterations, serving_line, write_map
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.offline.report import metadata_number
@@ -65,6 +66,7 @@ class Outcome:
     def lines(self) -> list[str]:
         """The summary, for people."""
         held = self.plan.expert_map
+        format = MAP_FORMAT_OF_SUFFIX[self.output.suffix.lower()]
         table = [_row(str(layer), *columns) for layer, columns in enumerate(self._columns())]
         overall = self._overall()
         return [
@@ -77,7 +79,7 @@ class Outcome:
             f"{held.num_physical_experts} slots of {held.topology.num_ranks} ranks: "
             f"{int(self.plan.moved_experts.sum())} experts moved, planned in {self.seconds * 1e3:.3g} ms",
             *self._price(),
-            f"map: {self.output}",
+            f"map: {self.output}, served with by {serving_line(self.output, format, held)}",
         ]
 
     def _price(self) -> list[str]:
@@ -140,7 +142,7 @@ def make_plan(request: Request) -> Outcome:
         current, topology = _current(request, load.shape[2])
         options = _options(request.options)
         cost = None if request.compute_cost is None else compute_cost.read(request.compute_cost)
-        algorithm = request.algorithm or DEFAULT_ALGORITHM
+        algorithm = request.algorithm or (DEFAULT_ALGORITHM if cost is None else ComputeAware.name)
         # Apart from the plan, whose time is told: compiling takes longer, but once.
         engine = make_algorithm(algorithm, options)
         engine.warm_up()
@@ -162,7 +164,7 @@ def make_plan(request: Request) -> Outcome:
         before = window_balancedness(current or _initial(plan), engine.weigh(load, cost))
         _save(request, plan.expert_map, metadata_number(traces[0][1], "first_moe_layer"))
     except (ValueError, AlgorithmError) as error:
-        raise BadInput(f"plan: {error}") from error
+        raise bad_input("plan", error) from error
     return Outcome(plan, before, seconds, request.output, request.survive)
 
 
@@ -188,7 +190,17 @@ def _current(request: Request, num_experts: int) -> tuple[ExpertMap | None, Topo
     ranks = request.ep_size
     if request.current is None:
         if ranks is None or request.num_slots is None:
-            raise BadInput("plan: give --ep-size and --num-slots, or the map in use with --current")
+            raise BadInput(
+                f"plan: give --ep-size and --num-slots ({num_experts} experts and redundant ones, a multiple "
+                "of the ranks: eplb advise finds both), or the map in use with --current"
+            )
+        least = -(-num_experts // ranks) * ranks
+        wanted = f"expected a multiple of the {ranks} ranks: {least}, {least + ranks}, ..."
+        if request.num_slots < num_experts:
+            short = f"{num_experts} experts do not fit in --num-slots {request.num_slots}"
+            raise BadInput(f"plan: {short}, {wanted}")
+        if request.num_slots % ranks:
+            raise BadInput(f"plan: --num-slots is {request.num_slots}, {wanted}")
         return None, Topology(ranks, request.num_nodes)
     if ranks is None:
         ranks = ExpertMap.load(request.current, num_logical_experts=num_experts).topology.num_ranks

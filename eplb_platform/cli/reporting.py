@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.cli.files import iterations, read_map, read_trace
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.offline.report import LayoutReport, RankStatistics, Report, make_report, metadata_number
@@ -138,7 +138,7 @@ def make(request: Request) -> Outcome:
         place = error.filename or request.html or request.plot
         raise BadInput(f"report: {place}: {describe(error)}") from error
     except (RecordError, ValueError) as error:
-        raise BadInput(f"report: {error}") from error
+        raise bad_input("report", error) from error
     return Outcome(request, report)
 
 

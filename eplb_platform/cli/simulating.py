@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eplb_platform.algorithms import AlgorithmError
-from eplb_platform.cli import BadInput
+from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.cli.estimating import Deployment, configuration, fewest_redundant
 from eplb_platform.cli.files import iterations, read_map, read_trace
 from eplb_platform.cli.tables import plain_lines, right_aligned
@@ -180,13 +180,13 @@ def run(request: Request, progress: Callable[[int, int], None]) -> Outcome:
 
             draw(results, request.plot)
     except BadInput as error:
-        raise BadInput(f"simulate: {error}") from error
+        raise bad_input("simulate", error) from error
     except ImportError as error:
         raise BadInput(f"simulate: --plot needs the extra [demo], which is not installed: {error}") from error
     except OSError as error:
         raise BadInput(f"simulate: {error.filename or request.plot}: {describe(error)}") from error
     except (RecordError, AlgorithmError, ValueError) as error:
-        raise BadInput(f"simulate: {error}") from error
+        raise bad_input("simulate", error) from error
     return Outcome(request, setting, trace.num_logical_experts, trace.num_layers, len(steps), results)
 
 

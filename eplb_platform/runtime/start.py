@@ -268,7 +268,13 @@ def _warn_of_keys_without_effect(config: EplbConfig) -> None:
     if config.enable_expert_compute_profiling:
         if config.compute_cost_alpha == 0:
             logger.info("eplb_config.compute_cost_alpha is 0: compute time is measured, tokens alone count")
-        elif config.algorithm == RandomPlacement.name:
+        elif config.compute_cost_alpha < 1:
+            logger.info(
+                "eplb_config.compute_cost_alpha is %g: plans stand between level tokens and level time; "
+                "1 levels time alone",
+                config.compute_cost_alpha,
+            )
+        if config.algorithm == RandomPlacement.name:
             logger.warning("algorithm %r places without looking at load or compute time", config.algorithm)
     elif config.compute_cost_record_path is not None:
         logger.warning(

@@ -52,6 +52,15 @@ def test_every_map_becomes_every_other(
     assert "valid: 2 layers, 4 experts + 2 redundant" in done(capsys, "validate", after, "--ep-size", 2)
 
 
+def test_who_wants_a_map_of_load_is_told_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dump = sglang_stat_dump(tmp_path / "dump.pt", LOAD)
+    said = refused(capsys, "convert", dump, "-o", tmp_path / "map.json", "--to", "vllm-ascend")
+    assert said.count("convert:") == 1 and f"eplb plan {dump} -o {tmp_path / 'map.json'}" in said
+    said = done(capsys, "convert", dump, "-o", tmp_path / "load.json")
+    assert f"eplb plan {tmp_path / 'load.json'}" in said
+    assert "(see eplb convert --help)" in refused(capsys, "convert", dump)
+
+
 def test_dense_layers_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     MAP.save(tmp_path / "a.json")
     sglang, back = tmp_path / "s.pt", tmp_path / "back.yaml"

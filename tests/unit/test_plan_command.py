@@ -82,7 +82,8 @@ def test_the_table_has_a_line_for_each_layer_and_the_whole(
     rows = np.array([[float(number) for number in line.split()[1:]] for line in lines[1:6]])
     np.testing.assert_allclose(rows[3], rows[:3].mean(axis=0), atol=2e-3, rtol=1e-3)
     np.testing.assert_allclose(rows[4, :3], rows[:3, :3].min(axis=0))
-    assert "experts moved, planned in" in lines[-2] and str(tmp_path / "map.json") in lines[-1]
+    assert "experts moved, planned in" in lines[-2]
+    assert f'{{"eplb_config": {{"expert_map_path": "{tmp_path / "map.json"}"}}}}' in lines[-1]
 
 
 def test_a_map_in_use_gives_ranks_and_slots_and_is_what_is_compared_with(
@@ -252,7 +253,7 @@ def test_compute_cost_counts_whatever_the_file(
     shape = {"num_physical_experts": 20, "topology": Topology(4), "algorithm": "compute_aware"}
     expected = rebalance_experts(load, compute_cost=cost, **shape).expert_map
     assert expected != rebalance_experts(load, **shape).expert_map
-    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "--algorithm", "compute_aware"]
+    arguments = [trace, "--ep-size", 4, "--num-slots", 20]  # with a cost, compute_aware is the default
     for path in cost_files(tmp_path, cost):
         output = tmp_path / f"{path.name}.map.json"
         planned([*arguments, "--compute-cost", path, "-o", output], capsys)
@@ -286,7 +287,7 @@ def test_compute_cost_needs_an_algorithm_that_counts_it(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (path, *_) = cost_files(tmp_path, np.ones((LAYERS, EXPERTS)))
-    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "--compute-cost", path]
+    arguments = [trace, "--ep-size", 4, "--num-slots", 20, "--compute-cost", path, "--algorithm", "adaptive"]
     assert "does not count compute cost, compute_aware does" in refused(
         [*arguments, "-o", tmp_path / "map.json"], capsys
     )
