@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import TCPStore
@@ -14,6 +15,7 @@ from eplb_backends.accelerator.streams import CaptureError, wait_on_host
 from eplb_backends.cpu.mapping import map_and_record as map_on_cpu
 from eplb_backends.cuda import CudaBackend
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.integrations.vllm.table_writer import TableWriter
 from eplb_platform.migration.schedule import build_schedule
 from eplb_platform.migration.staging import Staging
 from eplb_platform.migration.transfer import Migrator
@@ -68,12 +70,16 @@ def test_copies_run_beside_the_forward_stream(backend: CudaBackend) -> None:
 
 
 def test_the_forward_thread_is_not_held_up(backend: CudaBackend) -> None:
-    """Waiting for a mark, swapping, mapping and reading a load are enqueued while the device is busy."""
+    """Waiting for a mark, a swap, a write of tables, mapping and reading a load are enqueued while the device
+    is busy.
+    """
     weights = torch.zeros(4, 1024, 1024, device="cuda")
     staging = backend.allocate_staging(weights, 2)
     table, counts = torch.arange(8, device="cuda").reshape(4, 2), torch.full((4,), 2, device="cuda")
     ids, load = torch.ones(64, 2, dtype=torch.int64, device="cuda"), torch.zeros(8, dtype=torch.int64).cuda()
     reader: DeferredReader[int] = DeferredReader(backend, (8,), torch.int64)
+    tables, rows = torch.zeros(3, 4, 100, dtype=torch.int64, device="cuda"), np.ones((2, 4, 2), np.int32)
+    writer = TableWriter(backend, torch.int64, entries=rows.size)
 
     def one_pass() -> object:
         streams = backend.streams
@@ -82,6 +88,7 @@ def test_the_forward_thread_is_not_held_up(backend: CudaBackend) -> None:
         streams.wait(mark)
         backend.swap_in(weights, [0, 1], staging, [0, 1])
         backend.map_and_record(ids, table, counts, load)
+        writer.write(tables[:, :, :2], [0, 2], rows)
         reader.put(load, 0)
         reader.ready()
         return streams.record()
@@ -95,6 +102,7 @@ def test_the_forward_thread_is_not_held_up(backend: CudaBackend) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+    assert tables[[0, 2], :, :2].eq(1).all() and int(tables.sum()) == rows.size
 
 
 def test_ids_are_mapped_as_on_the_cpu(backend: CudaBackend) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from eplb_backends.cpu.mapping import map_and_record as map_on_cpu
 from eplb_backends.cpu.streams import SerialStreams
 from eplb_backends.cuda import CudaBackend
 from eplb_platform.backend import GroupError, Message, StreamOperations
-from tests.fake_device import FakeModule
+from tests.fake_device import FakeModule, FakeStream
 
 
 @given(
@@ -87,6 +89,17 @@ def test_a_way_for_weights_that_is_not_there_is_refused_in_one_line() -> None:
         CudaBackend(transport="collective")
 
 
+def test_a_folder_that_is_called_nixl_is_not_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if nixl_library.is_installed():
+        pytest.skip("NIXL is installed")
+    (tmp_path / "nixl").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not nixl_library.is_installed()
+    assert nixl_library.versions() == {}
+
+
 def test_an_unknown_way_for_weights_is_refused_with_the_nearest_that_is_known() -> None:
     with pytest.raises(ValueError, match="no transport 'colective', the nearest is 'collective'; there are"):
         CudaBackend(transport="colective")
@@ -136,7 +149,7 @@ def test_nothing_is_recorded_while_a_graph_is_captured() -> None:
     module = FakeModule()
     streams, timer = TorchStreams(module), EventTimer(module)
     module.is_capturing = True
-    for use in (streams.record, timer.start, timer.stop):
+    for use in (streams.record, streams.check_not_capturing, timer.start, timer.stop):
         with pytest.raises(CaptureError, match="being captured"):
             use()
     assert module.log == []
@@ -147,6 +160,40 @@ def test_host_memory_that_is_not_pinned_is_refused() -> None:
         pytest.skip("pinned memory is there")
     with pytest.raises(ValueError, match="12 bytes of host memory are not pinned"):
         TorchStreams(FakeModule()).copy(torch.zeros(3), torch.zeros(3))
+
+
+class DeviceTensor:
+    """What a stream does with a tensor on a device, noted."""
+
+    device = SimpleNamespace(type="fake")
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self._name = name
+        self._log = log
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self._log.append(f"{self._name} is kept for {stream.name}")
+
+    def copy_(self, source: DeviceTensor, non_blocking: bool = False) -> None:
+        self._log.append(f"{self._name} <- {source._name}" + " without a wait" * non_blocking)
+
+
+def test_a_copy_keeps_both_tensors_for_its_stream_and_holds_up_no_thread() -> None:
+    module = FakeModule()
+    streams, target, source = (
+        TorchStreams(module),
+        DeviceTensor("target", module.log),
+        DeviceTensor("source", module.log),
+    )
+    with streams.transfer():
+        streams.copy(target, source)  # type: ignore[arg-type]
+    streams.keep(source)  # type: ignore[arg-type]
+    assert module.log == [
+        "target is kept for made on device 3",
+        "source is kept for made on device 3",
+        "target <- source without a wait",
+        "source is kept for current",
+    ]
 
 
 def test_a_timer_knows_nothing_before_both_events_have_passed() -> None:
@@ -161,7 +208,8 @@ def test_a_timer_knows_nothing_before_both_events_have_passed() -> None:
     module.finish()
     assert timer.elapsed_ms() == 2.5
     timer.start()
-    assert timer.elapsed_ms() is None
+    module.finish()
+    assert timer.elapsed_ms() is None  # the stop before is of no use any more
 
 
 # --- the way through host memory, where something is wrong ---

@@ -54,8 +54,9 @@ class _Api(Protocol):
 
 
 def is_installed() -> bool:
-    """Whether there is something to import; it is not imported."""
-    return find_spec("nixl") is not None
+    """Whether there is a package to import, and not just a folder of that name; it is not imported."""
+    found = find_spec("nixl")
+    return found is not None and found.origin is not None
 
 
 def versions() -> dict[str, str]:
