@@ -1,4 +1,4 @@
-"""Whole cycles of the balancer beside a model on `npu` devices, with HCCL on the forward thread."""
+"""Whole cycles of the balancer beside a model on `npu` devices, by either transport."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Unread:
     def send(self, report: object) -> None: ...
 
 
-def serve(rank: int, num_ranks: int, store: Store, backend: str, log: Path) -> Served:
-    """A rank of the demo; without a backend, on the CPU and balancing nothing."""
+def serve(rank: int, num_ranks: int, store: Store, transport: str, log: Path) -> Served:
+    """A rank of the demo; without a transport, on the CPU and balancing nothing."""
     settings = check(DemoSettings(ranks=num_ranks, serving=Serving(8, 4, 8)))
     texts = [
         Text(path.stem, np.frombuffer(path.read_bytes(), dtype=np.uint8)) for path in settings.options.texts
@@ -48,8 +48,8 @@ def serve(rank: int, num_ranks: int, store: Store, backend: str, log: Path) -> S
         texts, ranks=num_ranks, steps=STEPS, serving=settings.options.serving, seed=settings.options.seed
     )
     config: dict[str, object] = {
-        "backend": backend,
-        "transport": "collective",
+        "backend": "ascend",
+        "transport": transport,
         "dynamic_eplb": True,
         "num_redundant_experts": settings.redundant_experts,
         "expert_heat_collection_interval": 4,
@@ -65,15 +65,15 @@ def serve(rank: int, num_ranks: int, store: Store, backend: str, log: Path) -> S
         store_port=int(store.get("port")),
         model=settings.options.model,
         num_logical_experts=settings.shape.num_logical_experts,
-        redundant_experts=settings.redundant_experts if backend else 0,
-        backend=backend or "cpu",
-        eplb_config={"eplb_config": config} if backend else None,
+        redundant_experts=settings.redundant_experts if transport else 0,
+        backend="ascend" if transport else "cpu",
+        eplb_config={"eplb_config": config} if transport else None,
         batches=schedule.of_rank(rank),
         log=log,
     )
     loaded: Callable[[str], Backend] = rank_process.load_backend
-    if backend:
-        loaded = lambda name: AscendBackend(transport="collective")  # noqa: E731
+    if transport:
+        loaded = lambda name: AscendBackend(transport=transport)  # noqa: E731
     results = []
     with mock.patch.object(rank_process, "load_backend", loaded):
         calls = calls_of(lambda: results.append(rank_process._serve_phase(orders, Unread())))  # type: ignore[arg-type]
@@ -83,9 +83,21 @@ def serve(rank: int, num_ranks: int, store: Store, backend: str, log: Path) -> S
 
 
 @pytest.mark.timeout(400)
-def test_experts_move_by_hccl_and_tokens_are_the_cpu_s(pair: RankPool, tmp_path: Path) -> None:
-    moved = pair.run(serve, "ascend", tmp_path / "log")
-    still = pair.run(serve, "", tmp_path / "log")
+@pytest.mark.parametrize("ranks", ["pair", "four"])
+def test_experts_move_and_tokens_are_the_cpu_s(
+    ranks: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pool: RankPool = request.getfixturevalue(ranks)
+    still = pool.run(serve, "", tmp_path / "log")
+    check_served(pool.run(serve, "host", tmp_path / "log"), still)
+    by_hccl = pool.run(serve, "collective", tmp_path / "log")
+    check_served(by_hccl, still)
+    kinds = {str(call["call"]) for served in by_hccl for call in served.calls}
+    assert "HcclBatchSendRecv: send" in kinds
+    assert "HcclAlltoAllV" in kinds
+
+
+def check_served(moved: list[Served], still: list[Served]) -> None:
     for on_device, on_host in zip(moved, still, strict=True):
         for device, host in zip(on_device.tokens, on_host.tokens, strict=True):
             np.testing.assert_array_equal(device, host)
@@ -93,6 +105,3 @@ def test_experts_move_by_hccl_and_tokens_are_the_cpu_s(pair: RankPool, tmp_path:
         assert on_device.stats.failed_cycles == 0, on_device.stats.last_error
         assert on_device.stats.cycles >= 1
         assert on_device.stats.moved_experts > 0
-    kinds = {str(call["call"]) for served in moved for call in served.calls}
-    assert "HcclBatchSendRecv: send" in kinds
-    assert "HcclAlltoAllV" in kinds
