@@ -3,6 +3,7 @@
 #   make test    everything that CI runs                              make bench   every benchmark
 #   make serve   serve a small model with vLLM and balancing, on a CPU, at port 8000
 #   make soak    simulate clusters of ranks with every fault until stopped
+#   make layers  what can be tested of the backends for devices without one, in some minutes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,6 +12,9 @@ PROJECT      := $(VENV)/.project-installed
 VLLM         := .venv-vllm
 ASCEND       := .venv-ascend
 NIXL         := .nixl
+LAYERS       := $(addprefix tests/,unit/test_device_symbols.py ascend/test_symbols.py ascend/test_hccl_options.py \
+  unit/test_accelerator.py unit/test_collective_transfer.py unit/test_simulated_accelerator.py \
+  processes/test_backend_contract.py processes/test_accelerator_contract.py processes/test_forward_exchange.py)
 ENGINES      := .engines
 KERNEL_TESTS := $(addprefix tests/unit/test_,adaptive.py algorithms.py deepseek.py dispatch.py planning.py schedule.py)
 # One thread for each process: the tests run several ranks on few cores.
@@ -18,10 +22,10 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit lint unit simulation soak processes kernels wheel vllm vllm-tests ascend ascend-tests engines engines-tests nixl-tests serve bench clean
+.PHONY: help install demo test check audit lint unit simulation soak layers processes kernels wheel vllm vllm-tests ascend ascend-tests engines engines-tests nixl-tests serve bench clean
 
 help:
-	@sed -n '1,5p' Makefile
+	@sed -n '1,6p' Makefile
 
 install: $(PROJECT)
 
@@ -88,6 +92,9 @@ vllm-tests: vllm
 # The vendor's torch_npu, which makes `import torch` fail where CANN is not, hence an environment of its own.
 ascend: $(PROJECT)
 	$(BIN)/python ci/ascend_environment.py --environment $(ASCEND)
+
+layers: $(PROJECT)
+	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs $(LAYERS)
 
 ascend-tests: ascend
 	EPLB_ASCEND_ENVIRONMENT=$(ASCEND) $(BIN)/python -m pytest -q -rs --ignore tests/ascend/over_stub tests/ascend
