@@ -22,6 +22,8 @@ from eplb_platform.records.fault import Fault, RecordError, describe, file_size,
 TENSOR = "compute_cost"
 SUFFIXES = (".json", ".npy", ".safetensors")
 MAX_FILE_BYTES = 1 << 28
+# Whatever the unit: products and quotients of such times stay numbers.
+_LEAST, _MOST = 1e-100, 1e100
 
 
 def read(path: str | os.PathLike[str]) -> NDArray[np.float64]:
@@ -70,12 +72,11 @@ def _content(cost: NDArray[np.float64], suffix: str) -> bytes:
 def _check(path: str | os.PathLike[str], cost: NDArray[np.float64]) -> None:
     if cost.ndim != 2 or 0 in cost.shape:
         raise RecordError(path, Fault("", f"shape {list(cost.shape)}, expected [layers, experts]"))
-    wrong = np.argwhere(np.isinf(cost) | (cost < 0))
+    wrong = np.argwhere(~(np.isnan(cost) | (cost == 0) | ((cost >= _LEAST) & (cost <= _MOST))))
     if len(wrong):
         layer, expert = wrong[0]
-        raise RecordError(
-            path, Fault(f"[{layer}][{expert}]", f"{cost[layer, expert]}, expected a time of at least 0")
-        )
+        message = f"{cost[layer, expert]:g}, expected a time: 0, or from {_LEAST:g} to {_MOST:g}"
+        raise RecordError(path, Fault(f"[{layer}][{expert}]", message))
 
 
 def _from_json(path: str | os.PathLike[str]) -> NDArray[np.float64]:
@@ -90,11 +91,14 @@ def _from_json(path: str | os.PathLike[str]) -> NDArray[np.float64]:
                 raise RecordError(
                     path, Fault(f"[{layer}][{expert}]", f"{shown(value)}, expected a number or null")
                 )
-    return np.array(rows, dtype=np.float64)
+    try:
+        return np.array(rows, dtype=np.float64)
+    except OverflowError as error:
+        raise RecordError(path, Fault("", "a number has too many digits, expected times")) from error
 
 
 def _from_array(path: str | os.PathLike[str], suffix: str) -> NDArray[np.float64]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         if suffix == ".npy":
@@ -105,10 +109,10 @@ def _from_array(path: str | os.PathLike[str], suffix: str) -> NDArray[np.float64
                 if TENSOR not in file.keys():  # noqa: SIM118 - the file is no mapping
                     raise RecordError(path, Fault(TENSOR, f"missing, there are {shown(list(file.keys()))}"))
                 array = file.get_tensor(TENSOR)
-    except (ValueError, EOFError, SafetensorError, TypeError) as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(path, Fault("", f"no {suffix} file: {error}")) from error
+    except RecordError:
+        raise
+    except Exception as error:  # a broken header raises whatever its parser runs into
+        raise RecordError(path, Fault("", f"no {suffix} file: {shown(str(error))}")) from error
     if array.dtype.kind not in "iuf":
         raise RecordError(path, Fault("", f"dtype {array.dtype}, expected integers or floats"))
     return np.asarray(array, dtype=np.float64)

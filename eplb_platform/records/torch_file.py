@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ def read(path: str | os.PathLike[str]) -> dict[object, object]:
     import torch
 
     try:
-        content = torch.load(os.fspath(path), weights_only=True, map_location="cpu", mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(os.fspath(path), weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a broken pickle raises whatever its opcodes run into
         raise RecordError(path, Fault("", f"no plain torch file: {shown(str(error))}")) from error
     _check_tensors(path, content)

@@ -15,10 +15,21 @@ import pytest
 import torch
 import yaml
 from hypothesis import given, settings
+from pydantic import BaseModel, ConfigDict
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import expert_map_json, sglang_location, tensorrt_llm_yaml
 from tests.unit.strategies import expert_maps, topologies
+
+
+class MoeLoadBalancerFields(BaseModel):
+    """What TensorRT-LLM's configuration of its load balancer takes from a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    num_slots: int
+    initial_global_assignments: dict[int, list[int]]
+    layer_updates_per_iter: int = 0
+
 
 whole_maps = topologies(inactive=False).flatmap(lambda topology: expert_maps(topology=topology))
 
@@ -60,20 +71,19 @@ def test_a_map_meets_vllm_ascend_s_expert_load_balancer_as_described_here(
 def test_a_map_meets_tensorrt_llm_s_load_balancer_config_as_described_here(
     expert_map: ExpertMap, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The YAML's keys become the fields of MoeLoadBalancerConfig, of which only three can be given. A layer's
-    list is found by its number in the model, has `num_slots` entries and every expert, and ranks share the
-    slots evenly.
+    """PyYAML gives the fields of MoeLoadBalancerConfig, a pydantic model that takes no others. A
+    layer's list is found by its number in the model, has `num_slots` entries and every expert, and ranks
+    share the slots evenly. (PyYAML and pydantic are real here, the model's fields are those described.)
     """
     path = tmp_path_factory.getbasetemp() / "map.yaml"
     tensorrt_llm_yaml.write(path, expert_map, first_moe_layer=3)
-    given_fields = yaml.safe_load(path.read_text())
-    assert set(given_fields) <= {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
-    num_slots = given_fields["num_slots"]
+    config = MoeLoadBalancerFields(**yaml.safe_load(path.read_text()))
+    num_slots = config.num_slots
     assert num_slots >= expert_map.num_logical_experts and num_slots % expert_map.topology.num_ranks == 0
     for layer in range(expert_map.num_layers):
-        assignments = given_fields["initial_global_assignments"][3 + layer]
-        assert isinstance(assignments, list) and len(assignments) == num_slots
-        assert set(assignments) == set(range(expert_map.num_logical_experts))
+        assignments = config.initial_global_assignments[3 + layer]
+        assert len(assignments) == num_slots
+        assert assignments == expert_map.physical_to_logical[layer].tolist()
 
 
 @settings(max_examples=30)

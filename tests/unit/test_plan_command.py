@@ -265,7 +265,10 @@ def test_compute_cost_counts_whatever_the_file(
     [
         ("cost.json", b"[[1, 2], [3]]", "cost.json: [1]: 1 experts, expected 2"),
         ("cost.json", b'[[1, "2"]]', "cost.json: [0][1]: '2', expected a number or null"),
-        ("cost.json", b"[[1, -2]]", "cost.json: [0][1]: -2.0, expected a time of at least 0"),
+        ("cost.json", b"[[1, -2]]", "cost.json: [0][1]: -2, expected a time: 0, or from 1e-100 to 1e+100"),
+        ("cost.json", b"[[1, 5e-324]]", "cost.json: [0][1]: 4.94066e-324, expected a time"),
+        ("cost.json", b"[[1, 1" + b"0" * 400 + b"]]", "cost.json: a number has too many digits"),
+        ("cost.npy", b"\x93NUMPY\x01\x00\x06\x00{'a': \n", "cost.npy: no .npy file"),
         ("cost.json", b"{}", "expected a list of times for each layer"),
         ("cost.json", b"[[1, 2]]", "compute_cost has shape (1, 2), expected [layers, logical], (3, 16)"),
         ("cost.npy", b"nothing", "cost.npy: no .npy file"),
