@@ -20,6 +20,7 @@ from eplb_backends.cpu.mapping import map_and_record as map_on_cpu
 from eplb_backends.cpu.streams import SerialStreams
 from eplb_backends.cuda import CudaBackend
 from eplb_platform.backend import GroupError, Message, StreamOperations
+from eplb_platform.testing.simulated_accelerator import SimulatedDevice, SimulatedStreams
 from tests.fake_device import FakeModule, FakeStream
 
 
@@ -262,6 +263,54 @@ def test_a_group_that_closed_meanwhile_fills_no_tensor() -> None:
     with pytest.raises(GroupError, match="the group was closed on this rank"):
         transfer_over(SerialStreams()).exchange(group, [], [Message(2, received)], timeout_s=1.0)
     assert received.tolist() == [0, 0, 0]
+
+
+class ClosingGroup(LostGroup):
+    """Closed by another thread once it was asked so many times; what it brings are sevens."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self._looks = looks
+
+    @property
+    def is_closed(self) -> bool:  # type: ignore[override]
+        self._looks -= 1
+        return self._looks < 0
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], timeout_s: float) -> None:
+        for message in receives:
+            message.tensor.fill_(7)
+
+
+def test_a_group_that_closes_behind_the_last_round_fills_no_scattered_tensor() -> None:
+    received = torch.zeros(2, 3, dtype=torch.uint8).t()
+    with pytest.raises(GroupError, match="the group was closed on this rank"):
+        transfer_over(SerialStreams()).exchange(ClosingGroup(1), [], [Message(2, received)], timeout_s=1.0)
+    assert not received.any()
+
+
+def test_an_exchange_of_nothing_still_asks_the_group() -> None:
+    group = LostGroup()
+
+    def refuse(*arguments: object) -> None:
+        raise GroupError("closed")
+
+    group.exchange = refuse  # type: ignore[method-assign]
+    with pytest.raises(GroupError, match="closed"):
+        transfer_over(SerialStreams()).exchange(group, [], [], timeout_s=1.0)
+
+
+@pytest.mark.parametrize("is_scattered", [False, True])
+def test_what_is_still_on_its_way_has_arrived_when_an_abort_returns(is_scattered: bool) -> None:
+    for seed in range(60):
+        streams = SimulatedStreams(SimulatedDevice(seed))
+        received = torch.zeros(2, 3, dtype=torch.uint8)
+        received = received.t() if is_scattered else received
+        way = transfer_over(streams)
+        with streams.transfer():
+            way.exchange(ClosingGroup(9), [], [Message(2, received)], timeout_s=5.0)
+        way.stop()
+        assert received.eq(7).all(), f"seed {seed}"
 
 
 @pytest.mark.parametrize("peer", [0, 3])
