@@ -73,7 +73,7 @@ class NzLayout(DenseLayout):
             super().fill(streams, tensor, octets)
             return
         plain = octets.view(tensor.dtype).view(tensor.shape)
-        streams.copy(tensor.detach(), _in_format(plain, format_of(tensor)))
+        streams.copy(tensor.detach(), _converted(plain, like=tensor))
 
 
 def is_internal(tensor: torch.Tensor) -> bool:
@@ -157,6 +157,12 @@ def conversion_bytes(parameter: torch.Tensor) -> int:
     if not is_internal(parameter):
         return stored
     return stored + parameter.nbytes + parameter.nbytes // max(parameter.shape[0], 1)
+
+
+def _converted(plain: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+    converted = _in_format(plain, format_of(like))
+    check_same_format(like, converted, "weights that were received")
+    return converted
 
 
 def _in_format(plain: torch.Tensor, acl_format: int) -> torch.Tensor:

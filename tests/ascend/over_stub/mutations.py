@@ -139,6 +139,9 @@ NZ_CHECKS = (
     Mutation(NZ, "check_same_format", _SAME, _SAME.replace("formats[0] != formats[1] or ", ""), REFUSALS),
     Mutation(NZ, "check_same_format", _SAME, _SAME.replace(" or sizes[0] != sizes[1]", ""), REFUSALS),
     Mutation(NZ, "split_stacked", "check_whole(parameter)", "pass", REFUSALS),
+    Mutation(
+        NZ, "_converted", 'check_same_format(like, converted, "weights that were received")', "pass", REFUSALS
+    ),
     Mutation(NZ, "_in_format", "if format_of(converted) != acl_format:", "if False:", REFUSALS),
     Mutation(
         BACKEND,

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from eplb_backends.accelerator import TorchStreams
-from eplb_backends.ascend import AscendBackend
+from eplb_backends.ascend import AscendBackend, environment
 from eplb_backends.ascend.hccl_group import BLOCKING_WAIT
 from eplb_backends.ascend.nz_format import split_stacked
 from tests.ascend.over_stub.swaps import SLOTS, to_nz, values_of
@@ -80,6 +80,12 @@ def _formats(backend: AscendBackend) -> Iterator[Attempt]:
     yield "more goes into NZ", "stored elements", lambda: backend.swap_in([weight], [0], [larger], [0])
     stack = to_nz(torch.zeros(2, 30, 50, dtype=torch.float16))
     octets = backend.layout.to_fill(weight)
+    with mock.patch.object(environment.torch_npu(), "npu_format_cast", lambda *given: larger):
+        yield (
+            "what came is larger",
+            "stored elements",
+            lambda: backend.layout.fill(backend.streams, weight, octets),
+        )
     with _internal_format_off():
         yield "staging is left plain", "allow_internal", lambda: backend.allocate_staging([weight], 1)
         yield (
