@@ -285,6 +285,13 @@ def report(
     and imbalance ratio of the rank loads, balancedness, hottest experts, drift over time; phases apart.
 
     \b
+    Who records load, and how:
+      SGLang        --expert-distribution-recorder-mode stat, then POST
+                    /start_expert_distribution_record, /stop_..., /dump_...
+      TensorRT-LLM  EXPERT_STATISTIC_PATH=FOLDER EXPERT_STATISTIC_ITER_RANGE=A-B
+      vLLM          with this plugin: trace_record_path in eplb_config
+
+    \b
     Example: eplb report dump.pt --ep-size 16 --map map.json --html report.html
     Next:    eplb advise dump.pt, or eplb plan dump.pt for a map
     """

@@ -1,7 +1,7 @@
 """TensorRT-LLM's expert statistics: the folder that EXPERT_STATISTIC_PATH names.
 
     meta_info.json             {"num_experts": E, "num_experts_per_token": K}
-    rank0.safetensors, ...     for each EP rank: "<iteration>_<layer>" -> int32 [E], the tokens that it routed
+    rank0.safetensors, ...     for each EP rank: "<iteration>_<layer>" -> int64 or int32 [E], tokens it routed
 
 The load of an iteration is the sum over the ranks. Layers are numbered as in the model, so they start
 after its dense ones; iterations are neighbours, from the start of EXPERT_STATISTIC_ITER_RANGE up to its end.

@@ -27,7 +27,7 @@ def tensorrt_llm_statistics(
         part = rest if rank == ep_size - 1 else rng.binomial(rest, 1 / (ep_size - rank))
         rest = rest - part
         records = {
-            f"{first_iteration + i}_{first_layer + layer}": part[i, layer].astype(np.int32)
+            f"{first_iteration + i}_{first_layer + layer}": part[i, layer]
             for i in range(load.shape[0])
             for layer in range(load.shape[1])
         }
