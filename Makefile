@@ -13,7 +13,7 @@ VLLM         := .venv-vllm
 ASCEND       := .venv-ascend
 NIXL         := .nixl
 LAYERS       := $(addprefix tests/,unit/test_device_symbols.py ascend/test_symbols.py ascend/test_hccl_options.py \
-  unit/test_accelerator.py unit/test_collective_transfer.py unit/test_simulated_accelerator.py \
+  $(addprefix unit/test_,accelerator.py accelerator_backend.py collective_transfer.py nixl_group.py simulated_accelerator.py) \
   processes/test_backend_contract.py processes/test_accelerator_contract.py processes/test_forward_exchange.py)
 ENGINES      := .engines
 KERNEL_TESTS := $(addprefix tests/unit/test_,adaptive.py algorithms.py deepseek.py dispatch.py planning.py schedule.py)

@@ -6,10 +6,11 @@ What the real library does is in tests/processes/test_nixl.py; here it does what
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import RLock
+from threading import RLock, Timer
 
 import pytest
 import torch
@@ -191,6 +192,51 @@ def test_a_closed_group_is_quiet_once_its_reads_have_ended(fabric: Fabric, pair:
     assert not pair[0].group.is_quiet()
     fabric.land_late()
     assert pair[0].group.is_quiet()
+
+
+def test_an_end_lets_reads_under_way_come_to_theirs(
+    fabric: Fabric, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(pair, lambda: pair[0].exchange(1), lambda: pair[1].exchange(0))
+    monkeypatch.setattr(nixl_group, "_QUIET_S", 10.0)
+    fabric.is_stuck = True
+    exchanges = [pair[2].submit(pair[0].exchange, 1), pair[2].submit(pair[1].exchange, 0)]
+    while len(fabric.stuck) < 2:
+        time.sleep(0.001)
+    landing = Timer(0.2, fabric.land_late)
+    landing.start()
+    pair[0].group.close()
+    assert not fabric.stuck
+    landing.join()
+    for exchange in exchanges:
+        exchange.exception(timeout=20.0)
+
+
+def test_an_abort_ends_the_exchange_of_the_peers_at_once(fabric: Fabric) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    backends = [SimulatedBackend(transport="nixl", pinned_bytes=8 * ROOM) for _ in range(2)]
+    received = torch.zeros(ROOM, dtype=torch.uint8)
+
+    def receive() -> None:
+        with backends[1].streams.transfer():
+            backends[1].exchange([], [Message(0, received)])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda rank: backends[rank].connect(store, rank, 2, timeout_s=60.0), range(2)))
+        pending = threads.submit(receive)
+        time.sleep(0.05)
+        backends[0].abort()
+        assert "rank 0 ended the group" in str(pending.exception(timeout=10.0))
+
+
+def test_a_room_on_the_device_is_not_offered_while_its_former_owner_is_written(
+    fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    backend = ReadsDevice(transport="nixl", pinned_bytes=8 * ROOM)
+    monkeypatch.setattr(type(backend.streams), "passed", lambda self, mark: False)
+    with pytest.raises(GroupError, match=r"rank 0: the device was not done within 0\.1 s"):
+        backend.connect(store, 0, 2, timeout_s=0.1)
 
 
 def test_a_rank_that_declines_is_named_on_the_others(fabric: Fabric) -> None:
