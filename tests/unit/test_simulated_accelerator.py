@@ -508,3 +508,34 @@ def test_nothing_is_enqueued_while_a_graph_is_captured() -> None:
         episode.migrator.enqueue(CHUNKS[0])
     assert episode.device.pending(TRANSFER) == 0
     assert backend.library.batches == 0
+
+
+def test_nothing_is_swapped_in_while_a_graph_is_captured_but_can_be_afterwards() -> None:
+    episode = Episode(0)
+    episode._fetch(CHUNKS[0])
+    episode.device.finish()
+    before = [octets_of([parameter[0] for parameter in layer]) for layer in episode.weights]
+    episode.streams.is_capturing = True
+    with pytest.raises(RuntimeError, match="captured"):
+        episode.migrator.swap(CHUNKS[0])
+    assert not episode.device.pending(FORWARD)
+    assert before == [octets_of([parameter[0] for parameter in layer]) for layer in episode.weights]
+    episode.streams.is_capturing = False
+    episode.migrator.swap(CHUNKS[0])
+    episode.map = CHUNKS[0].map_after
+    episode._pass()
+    episode.device.finish()
+    assert not episode.faults
+
+
+def test_experts_that_differ_from_what_was_sent_are_not_swapped_in() -> None:
+    episode = Episode(1)
+    assert episode.verifies
+    chunk = CHUNKS[0]
+    peers = episode.backend.peers = ScriptedPeers(chunk, episode.rank, lambda _: None)
+    peers.checksums[chunk.receives_of(episode.rank).move[0]] += 1
+    episode.migrator.fetch(chunk)
+    with pytest.raises(ChecksumError):
+        episode.migrator.verify(chunk)
+    with pytest.raises(MigrationError, match="nothing is staged"):
+        episode.migrator.swap(chunk)
