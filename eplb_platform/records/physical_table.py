@@ -16,7 +16,7 @@ from eplb_platform.records.fault import Fault, Faults, RecordError, shown
 from eplb_platform.topology import Topology
 
 # Layers times slots: far above any model, and a bound on the memory that a small file can ask for.
-MAX_ENTRIES = 1 << 26
+MAX_ENTRIES = 1 << 24
 NO_RANKS = "the file does not say how many ranks share the slots: give the topology (--ep-size)"
 
 
