@@ -29,7 +29,8 @@ def serving_line(path: Path, format: str, expert_map: ExpertMap) -> str:
     ranks = expert_map.topology.num_ranks
     if format == "vllm_ascend":
         config = shlex.quote(json.dumps({"eplb_config": {"expert_map_path": str(path)}}))
-        return f"vllm-ascend, and vLLM with this plugin, on {ranks} EP ranks: --additional-config {config}"
+        flags = f"--enable-expert-parallel --additional-config {config}"
+        return f"vllm-ascend, and vLLM with this plugin, on {ranks} EP ranks: {flags}"
     if format == "sglang":
         flags = f"--ep-size {ranks} --ep-num-redundant-experts {expert_map.num_redundant_experts}"
         return f"SGLang: {flags} --init-expert-location {shlex.quote(str(path))}"
