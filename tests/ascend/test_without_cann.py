@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+
+from tests.ascend.cann_stub.build import BESIDE_IT, LIBRARY
 
 SCRIPT = """
     import json
@@ -50,3 +53,31 @@ def test_the_reason_is_said_and_the_cpu_backend_works(environment: Path, autoloa
         assert line.startswith("torch extension torch_npu is not loaded: ImportError: libhccl.so")
     else:
         assert done.stderr == ""
+
+
+SYMBOLLESS = """
+    from eplb_platform import discover_backends
+    print(next(report.reason for report in discover_backends() if report.name == "ascend"))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+def test_a_cann_that_lacks_a_symbol_is_said_with_it(environment: Path, tmp_path: Path) -> None:
+    """As one that is older than torch_npu: the libraries are there, and a function is not."""
+    for name in (LIBRARY, *BESIDE_IT):
+        empty = ["gcc", "-shared", "-x", "c", "-", "-o", str(tmp_path / name)]
+        subprocess.run(empty, input="int nothing;", text=True, check=True)
+    variables = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "ASCEND_HOME_PATH": str(tmp_path)}
+    command = [str(environment / "bin" / "python"), "-c", dedent(SYMBOLLESS)]
+    done = subprocess.run(
+        command,
+        env=variables | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("torch_npu 2.13.0 fails to import: ImportError: ")
+    assert "undefined symbol: " in line
+    assert line.endswith("lacks it, install the one that torch_npu 2.13.0 was made for")

@@ -327,3 +327,5 @@ def test_the_vendor_s_words_come_first_with_advice() -> None:
         vendor_messages.explained(RuntimeError("EZ9999: inner\nerror")) == "EZ9999: inner; torch_npu: error"
     )
     assert vendor_messages.explained(RuntimeError("something\nelse")) == "something else"
+    full = vendor_messages.explained(RuntimeError("NPU out of memory. Tried to allocate 1 GiB."))
+    assert full.startswith("NPU out of memory. Tried to allocate 1 GiB.; the device has no memory left: make")

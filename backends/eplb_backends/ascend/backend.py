@@ -26,8 +26,9 @@ from eplb_backends.ascend import (
     nz_format,
     token_counts,
     update_expert,
+    vendor_messages,
 )
-from eplb_backends.ascend.hccl_options import HcclOptions
+from eplb_backends.ascend.hccl_options import HcclOptions, check_outlasts
 from eplb_platform.backend import Availability, DeviceTimer, StreamOperations
 
 _log = logging.getLogger(__name__)
@@ -79,6 +80,12 @@ class AscendBackend(AcceleratorBackend):
         reason = f"{count} NPUs; transports {on_background_thread()}, 'collective' (HCCL)"
         return Availability(True, reason, versions)
 
+    def attach(self, store: Store, rank: int, num_ranks: int, timeout_s: float) -> None:
+        """As `Backend.attach`. Raises `ValueError` where HCCL would give up before the backend does."""
+        if self.transport == "collective":
+            check_outlasts(self._hccl_options, timeout_s)
+        super().attach(store, rank, num_ranks, timeout_s)
+
     def default_streams(self) -> StreamOperations:
         return TorchStreams(_module())
 
@@ -114,7 +121,10 @@ class AscendBackend(AcceleratorBackend):
     ) -> Sequence[torch.Tensor]:
         """As `Backend.allocate_staging`, in the parameter's format. Refuses stacks in a format such as NZ."""
         nz_format.check_parameter(parameter)
-        staging = super().allocate_staging(parameter, slots)
+        try:
+            staging = super().allocate_staging(parameter, slots)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(vendor_messages.explained(error)) from error
         for staged in staging:
             nz_format.check_same_format(parameter[0], staged, "staging")
         return staging

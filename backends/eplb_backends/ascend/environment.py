@@ -36,7 +36,9 @@ def torch_npu() -> ModuleType:
     try:
         return importlib.import_module("torch_npu")
     except (Exception, SystemExit) as error:
-        raise Unavailable(f"torch_npu {_installed()} fails to import: {_one_line(error)}") from error
+        raise Unavailable(
+            f"torch_npu {_installed()} fails to import: {_one_line(error)}{_import_advice(error)}"
+        ) from error
     finally:  # torch_npu turns the switch off, and leaves it so when it fails
         if autoload is None:
             os.environ.pop(_AUTOLOAD, None)
@@ -105,6 +107,13 @@ def _advice() -> str:
     if not any(home.glob(f"**/lib64/{_LIBRARY}")):
         return f"{home} has no lib64/{_LIBRARY}: install the toolkit of CANN"
     return f"source {home}/set_env.sh, and check that the driver is installed"
+
+
+def _import_advice(error: BaseException) -> str:
+    if "undefined symbol" in str(error):
+        cann = versions().get("cann", "that is found")
+        return f": the CANN {cann} lacks it, install the one that torch_npu {_installed()} was made for"
+    return f": {_advice()}" if "cannot open shared object file" in str(error) else ""
 
 
 def _cann_version(home: Path) -> str | None:

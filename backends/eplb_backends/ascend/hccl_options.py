@@ -6,6 +6,7 @@ compares them with the wheel. The environment variables of HCCL hold where a gro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,7 @@ class _Text:
         return f"expected text of 1 to {self.size - 1} bytes"
 
 
+_EXEC_TIMEOUT = "HCCL_EXEC_TIMEOUT"
 _UINT32_NOT_SET = 0xFFFFFFFF  # means "not configured" to HCCL
 
 KNOWN: Final[Mapping[str, _Whole | _Text]] = {
@@ -80,6 +82,20 @@ class HcclOptions:
         options.hccl_config = dict(self.values)
         options._timeout = watchdog_timeout
         return options
+
+
+def check_outlasts(options: HcclOptions, timeout_s: float) -> None:
+    """Raise `ValueError` where HCCL's time-out of an operation is not longer than `timeout_s`, which is ours.
+
+    The watchdog of torch_npu ends the process when HCCL gives up. 0 is no time-out to HCCL.
+    """
+    given = options.values.get("hccl_exec_timeout", os.environ.get(_EXEC_TIMEOUT, ""))
+    name = "hccl_exec_timeout" if "hccl_exec_timeout" in options.values else _EXEC_TIMEOUT
+    if str(given).isdecimal() and 0 < int(given) <= timeout_s:
+        raise ValueError(
+            f"{name} is {given} s, not more than the balancer's own time-out of {timeout_s:g} s: torch_npu "
+            "would end the process before a late transfer is given up; raise it, or lower transfer_timeout_s"
+        )
 
 
 def _fault(name: str, value: object) -> str | None:

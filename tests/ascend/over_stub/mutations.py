@@ -177,6 +177,20 @@ OPTION_CHECKS = (
     Mutation(OPTIONS, "_Text.fault", "isinstance(value, str) and ", "", REFUSALS),
     Mutation(OPTIONS, "_Text.fault", "0 < len(value.encode())", "0 <= len(value.encode())", REFUSALS),
     Mutation(OPTIONS, "_Text.fault", " < self.size", "", REFUSALS),
+    Mutation(
+        BACKEND,
+        "AscendBackend.attach",
+        "check_outlasts(self._hccl_options, timeout_s)",
+        "pass",
+        REFUSALS,
+    ),
+    Mutation(
+        OPTIONS,
+        "check_outlasts",
+        'os.environ.get(_EXEC_TIMEOUT, "")',
+        '""',
+        REFUSALS,
+    ),
     Mutation(BACKEND, "AscendBackend.__init__", "if routing not in ROUTINGS:", "if False:", REFUSALS),
     Mutation(
         BACKEND,

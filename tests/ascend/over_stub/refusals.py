@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch.distributed import HashStore
 
 from eplb_backends.accelerator import TorchStreams
 from eplb_backends.ascend import AscendBackend, environment
@@ -125,6 +126,19 @@ def _options(backend: AscendBackend) -> Iterator[Attempt]:
             f"{name}={value!r}",
             words,
             lambda options=options: AscendBackend(transport="collective", hccl_options=options),
+        )
+    impatient = AscendBackend(transport="collective", hccl_options={"hccl_exec_timeout": 30})
+    yield (
+        "HCCL gives up first",
+        "hccl_exec_timeout is 30 s",
+        lambda: impatient.attach(HashStore(), 0, 2, 30.0),
+    )
+    with mock.patch.dict("os.environ", {"HCCL_EXEC_TIMEOUT": "20"}):
+        usual = AscendBackend(transport="collective")
+        yield (
+            "HCCL gives up first by the environment",
+            "HCCL_EXEC_TIMEOUT is 20 s",
+            lambda: usual.attach(HashStore(), 0, 2, 30.0),
         )
     yield (
         "options without HCCL",

@@ -8,6 +8,7 @@ import sys
 import torch
 from torch.distributed import Store
 
+from eplb_backends.ascend import AscendBackend
 from eplb_platform.testing.processes import RankPool
 from tests.ascend.over_stub.swaps import dawdle
 
@@ -61,3 +62,20 @@ def unknown_operator(rank: int, num_ranks: int, store: Store) -> None:
     except RuntimeError as error:
         print(error, file=sys.stderr, flush=True)
     os._exit(3)
+
+
+def test_no_memory_left_is_said_in_one_line_with_what_to_do(pair: RankPool) -> None:
+    for text in pair.run(too_much_staging):
+        assert text.startswith("NPU out of memory. Tried to allocate 1.00 GiB")
+        assert "the device has no memory left: make staging_memory_mb" in text
+        assert len(text.splitlines()) == 1
+
+
+def too_much_staging(rank: int, num_ranks: int, store: Store) -> str:
+    """The stub's devices have 2 GiB."""
+    torch.npu.set_device(rank)
+    try:
+        AscendBackend().allocate_staging([torch.empty(2**28, device="npu")], 2)
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return "there was enough"

@@ -27,7 +27,7 @@ def test_something_does_without_it(pair: RankPool, mutation: Mutation) -> None:
 
 WAIT_OR_CHECK = re.compile(
     r"\b(wait_on_host|wait_event|synchronize|query|record_stream"
-    r"|check_(whole|parameter|same_format|has_effect|nothing_waits))\("
+    r"|check_(whole|parameter|same_format|has_effect|nothing_waits|outlasts))\("
 )
 
 
