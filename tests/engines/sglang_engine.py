@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.engines.stand_ins import Provide
+from tests.engines.stand_ins import Provide, one_process
 
 PREFILL = 1
 
@@ -76,7 +76,7 @@ class SglangEngine:
         self.moe.ep_num_redundant_experts = redundant
         self.parallel.ep_size = self.parallel.tp_size = ep_size
         config = SimpleNamespace(hf_config=SimpleNamespace(layers=layers, experts=experts))
-        with _one_process():
+        with one_process():
             return self.location.compute_initial_expert_location_metadata(config, rank)
 
     def record(
@@ -101,7 +101,7 @@ class SglangEngine:
         self.moe.expert_distribution_recorder_buffer_size = buffer_size
         self.moe.moe_a2a_backend = "deepep" if mode == "stat_approx" else "none"
         try:
-            with pytest.MonkeyPatch.context() as patch, _one_process():
+            with pytest.MonkeyPatch.context() as patch, one_process():
                 patch.setenv("SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR", str(folder))
                 patch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
                 for rank in range(tokens.shape[1]):
@@ -158,16 +158,3 @@ class _Withable:
             yield
         finally:
             self.value = None
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """A real group of one process, over which a dump is summed; the one that is there, if there is one."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Modules that stand in for what cannot be imported here, for a while."""
+"""Modules and a process group that stand in for what is not there, for a while."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 Provide = Callable[..., ModuleType]
 
@@ -33,6 +35,19 @@ def imported_from(folder: Path, names: tuple[str, ...]) -> Iterator[Provide]:
         for name in [name for name in sys.modules if belongs(name)]:
             del sys.modules[name]
         sys.modules.update(before)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A real group of one process, over which a dump is summed; the one that is there, if there is one."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _provide(name: str, **attributes: object) -> ModuleType:

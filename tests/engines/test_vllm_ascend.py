@@ -29,9 +29,9 @@ def planned(load: np.ndarray, current: ExpertMap | None = None) -> ExpertMap:
     return plan.expert_map
 
 
-def load_of_slots(expert_map: ExpertMap) -> np.ndarray:
-    """[layers, ranks, slots]: each replica takes its part."""
-    part = LOAD // expert_map.replica_count
+def later_load_of_slots(expert_map: ExpertMap) -> np.ndarray:
+    """[layers, ranks, slots], under the map in use: each replica takes its part."""
+    part = LATER // expert_map.replica_count
     return np.take_along_axis(part, expert_map.physical_to_logical, axis=1).reshape(LAYERS, RANKS, SLOTS)
 
 
@@ -79,13 +79,29 @@ def test_a_map_that_the_engine_planned_and_recorded_is_read(
     ours = planned(LOAD)
     expert_map_json.write(tmp_path / "map.json", ours)
     maps = vllm_ascend.global_maps(tmp_path / "map.json", LAYERS, experts=EXPERTS, ranks=RANKS)
-    updated = vllm_ascend.replan(maps, load_of_slots(planned(LATER)), policy)
+    updated = vllm_ascend.replan(maps, later_load_of_slots(ours), policy)
     vllm_ascend.record(updated, tmp_path / "recorded.json")
     assert run(["validate", str(tmp_path / "recorded.json")]) == 0
     theirs = ExpertMap.load(tmp_path / "recorded.json")
     assert (theirs.topology.num_ranks, theirs.slots_per_rank) == (RANKS, SLOTS)
     for layer, rank, slot in np.ndindex(LAYERS, RANKS, SLOTS):
         assert updated[layer, rank, theirs.by_rank()[layer, rank, slot]] == slot
+
+
+def test_an_engine_that_records_writes_a_map_at_the_end_of_its_cycle(
+    vllm_ascend: VllmAscendEngine, tmp_path: Path
+) -> None:
+    """Real: EplbUpdator from pass to pass, VllmEplbAdaptor, and EplbWorker, which runs in this process."""
+    started, recorded = tmp_path / "map.json", tmp_path / "recorded.json"
+    ours = planned(LOAD)
+    expert_map_json.write(started, ours)
+    passes = vllm_ascend.serve_recording(
+        started, recorded, later_load_of_slots(ours), experts=EXPERTS, collect=6, plan=3
+    )
+    assert passes == 6 + 3 + LAYERS
+    theirs = ExpertMap.load(recorded, num_logical_experts=EXPERTS)
+    assert (theirs.topology.num_ranks, theirs.slots_per_rank) == (RANKS, SLOTS)
+    assert theirs != ours
 
 
 def test_what_the_engine_starts_with_is_recorded_and_read(
