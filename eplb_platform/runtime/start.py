@@ -61,6 +61,7 @@ def start_balancer(
     name: str = "eplb",
     model_name: str | None = None,
     deploy: ExpertMap | None = None,
+    joins: bool = False,
     planner: Planner | None = None,
     recorder: Recorder | None = None,
     tracer: Tracer | None = None,
@@ -68,28 +69,32 @@ def start_balancer(
 ) -> Balancer:
     """Start balancing `model` on this rank; every active rank calls it, and it returns when all have.
 
-    Active are the ranks that `model.expert_map` names so. Another rank may call it at any time: it meets
-    nobody, is not active, and joins with `Balancer.resize`; of its map only the shape and the topology count.
+    Active are the ranks that `model.expert_map` names so. Another rank, and any process that `joins`, may
+    call it at any time: it meets nobody, is not active, and joins with `Balancer.resize`. Of its map only the
+    shape and the numbers of experts, ranks and nodes count.
 
     store: shared by all ranks; the balancer and its backend take clients of their own.
     name: keeps the keys of several models in one store apart.
     model_name: for the log; `name` by default.
     deploy: a map, the same on every rank, that the weights are moved to before this returns; balancing
         starts from there. The number of nodes is that of `model.expert_map`, whatever a file says.
+    joins: a new process in a group that serves already. Its map may name this rank active: without redundancy
+        there is no other.
     planner: plans in place of the configured algorithm.
     recorder: records in place of a `MapRecorder` for `expert_map_record_path`; used on the
         first active rank only.
     tracer: keeps the load of every step in place of a `TraceRecorder`, where `trace_record_path` is set; used
         on the first active rank only.
     on_stage: called in the background thread whenever a cycle enters a stage.
-    Raises ValueError for an unknown algorithm, for too little staging memory and for expert weights that
-    leave out what has to move with them (`NamedModel`), `GroupError` when not every rank comes, and
-    `DeploymentError` when ranks start from different maps or configurations, or `deploy` cannot be reached;
-    the model must not serve then.
+    Raises ValueError for an unknown algorithm, for too little staging memory, for expert weights that leave
+    out what has to move with them (`NamedModel`), and where there is no other rank to join; `GroupError` when
+    not every rank comes, and `DeploymentError` when ranks start from different maps or configurations, or
+    `deploy` cannot be reached; the model must not serve then.
     """
     from torch.distributed import PrefixStore
 
-    if rank == model.expert_map.topology.active_ranks[0]:
+    members = _members(model, rank, joins)
+    if rank == members[0]:
         _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
     _check_moved_together(model, backend)
@@ -102,7 +107,6 @@ def start_balancer(
         undo.callback(backend.close)
         closing = ExitStack()
         closing.callback(backend.close)
-        members = model.expert_map.topology.active_ranks
         _connect(backend, PrefixStore(name, store), rank, num_ranks, members, config.transfer_timeout_s)
         migrator = _new_migrator(config, model, backend, rank) if config.moves_experts else None
         gate = ForwardGate()
@@ -194,6 +198,17 @@ def assemble(
     if migrator is not None:
         balancer.stats.staging_bytes = migrator.staging.nbytes
     return balancer
+
+
+def _members(model: ServedModel, rank: int, joins: bool) -> Sequence[int]:
+    """The ranks that serve once `start_balancer` has returned, ascending."""
+    active = model.expert_map.topology.active_ranks
+    if not joins:
+        return active
+    others = tuple(one for one in active if one != rank)
+    if not others:
+        raise ValueError(f"rank {rank} is to join, but its map names no other active rank")
+    return others
 
 
 def _connect(

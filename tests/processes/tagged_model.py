@@ -39,6 +39,8 @@ class TaggedModel:
         num_ranks: int,
         num_redundant_experts: int = NUM_REDUNDANT,
         active_ranks: Sequence[int] | None = None,
+        *,
+        joins: bool = False,
     ) -> None:
         topology = Topology(num_ranks, active_ranks=active_ranks)
         self.rank = rank
@@ -47,7 +49,7 @@ class TaggedModel:
         self._slots = self.expert_map.slots_per_rank
         self._store = store
         self._num_ranks = num_ranks
-        if rank in topology.active_ranks:
+        if rank in topology.active_ranks and not joins:
             self.use_ranks(topology.active_ranks, "")
         local = torch.from_numpy(np.array(self.expert_map.by_rank()[:, rank]))
         self.expert_weights = [

@@ -98,6 +98,14 @@ def test_lost_experts_are_named_and_nothing_is_served_until_they_are_loaded(rank
     assert [results[rank].wrong_tokens for rank in (0, 2, 3)] == [0] * 3
 
 
+def test_new_processes_take_places_without_redundancy(ranks: RankPool) -> None:
+    """Every expert that the old ones had is lost: they load them all."""
+    segments = [Segment(ALL, steps=30), Segment(ALL, fresh=(0, 2), can_load=True)]
+    results = ranks.run(serve_resized, segments, 0)
+    check_served_right(results, segments)
+    assert results[1].cycles[1] > results[1].cycles[0]
+
+
 def test_too_few_slots_are_refused_and_serving_goes_on(ranks: RankPool) -> None:
     segments = [Segment(ALL, steps=30), Segment((0, 1)), Segment(ALL)]
     results = ranks.run(serve_resized, segments, 4)
