@@ -28,6 +28,7 @@ from eplb_platform.runtime.locked_heat import LockedHeat
 from eplb_platform.runtime.meeting import ForwardMeetings
 from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer, run_blocking
+from eplb_platform.runtime.record_fence import RecordFence
 from eplb_platform.runtime.resize_meeting import Presence, ResizeMeetings, Verdict
 from eplb_platform.runtime.resizing import Resizing
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
@@ -111,6 +112,7 @@ class Balancer:
         self._background = background
         self._lend_migrator = lend_migrator
         self._resizes = ResizeMeetings(meetings.plane, link)
+        self._fence = RecordFence(self._resizes, link, rules.timeout_s)
         self._observe_stage = on_stage
         self._profiling = profiling
         self._cost_recorder = cost_recorder
@@ -428,6 +430,10 @@ class Balancer:
 
     async def _record_at(self, when: str, expert_map: ExpertMap) -> None:
         assert self._recorder is not None
+        objection = await self._fence.objection(self._meetings.plane) if self._resizes.generation else ""
+        if objection:
+            self._accounts.add_failed_record(when, "expert map", objection)
+            return
         try:
             await self._recorder.record(expert_map, keep_earlier=False)
             self.stats.records_written += 1
@@ -706,6 +712,7 @@ class Balancer:
             on_wait=self._note_waiting,
             costs=self._profiling,
             cost_recorder=self._cost_recorder,
+            record_objection=lambda: self._fence.objection(self._link.plane),
         )
         self._background.start(self._run(cycle))
 

@@ -202,6 +202,7 @@ class Cycle:
         on_wait: Callable[[Waiting | None], None] | None = None,
         costs: ComputeCosts | None = None,
         cost_recorder: CostRecorder | None = None,
+        record_objection: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         self.report = CycleReport(number)
         self._link = link
@@ -211,6 +212,7 @@ class Cycle:
         self._recorder = recorder
         self._step_loads = step_loads
         self._tracer = tracer
+        self._record_objection = record_objection
         self._map = expert_map
         self._tables = tables
         self._is_ending = is_ending
@@ -385,6 +387,9 @@ class Cycle:
         """A file that cannot be written is reported; it ends no cycle."""
         if self._costs is None or self._cost_recorder is None or not self._link.plans:
             return
+        self.report.cost_error = await self._objection()
+        if self.report.cost_error:
+            return
         try:
             await self._cost_recorder.record(self._costs.cost)
         except RecordError as error:
@@ -466,10 +471,17 @@ class Cycle:
         if self._recorder is None or not self._link.plans:
             return
         with self._timed(Stage.RECORD):
+            self.report.record_error = await self._objection()
+            if self.report.record_error:
+                return
             try:
                 await self._recorder.record(expert_map, keep_earlier=keep_earlier)
             except RecordError as error:
                 self.report.record_error = str(error)
+
+    async def _objection(self) -> str:
+        """Why this rank must not write over a file; empty where it may."""
+        return "" if self._record_objection is None else await self._record_objection()
 
     # --- how a cycle ends early ---
 

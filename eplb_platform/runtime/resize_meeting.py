@@ -120,6 +120,7 @@ class ResizeMeetings:
         self._link = link
         self._incarnation = 0
         self._number = 0
+        self._was_left_out = False
         self._stale: Sequence[str] = ()
 
     async def incarnation(self) -> int:
@@ -132,6 +133,18 @@ class ResizeMeetings:
         except Exception as error:
             raise ForwardStopped(f"resize: rank {rank} cannot reach the store: {error}") from error
         return self._incarnation
+
+    async def is_left_out(self, plane: ControlPlane) -> bool:
+        """Whether others have agreed on active ranks without this process. Any thread, by its own client."""
+        number = self._number
+        while (text := await plane.read(f"resize/{number}")) is not None:
+            if self._leaves_out(Verdict.parse(text)):
+                return True
+            number += 1
+        return self._was_left_out
+
+    def _leaves_out(self, verdict: Verdict) -> bool:
+        return not verdict.reason and not verdict.includes(self._link.rank, self._incarnation)
 
     def forget_later(self, keys: Sequence[str]) -> None:
         """Keys of the attempt that was held last; a rank that leaves may still read them."""
@@ -161,6 +174,8 @@ class ResizeMeetings:
                 known = await self.plane.read(place)
                 text = known or await self._wait(place, presence, before, timeout_s, deadline)
                 verdict = Verdict.parse(text)
+                if not verdict.reason:
+                    self._was_left_out = self._leaves_out(verdict)
                 self._number += 1
                 if not verdict.reason:
                     if presence.is_member or verdict.includes(self._link.rank, presence.incarnation):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, cast
 
 from eplb_platform.algorithms import load_algorithm
@@ -23,6 +24,7 @@ from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.agreement import Agreement
 from eplb_platform.runtime.balancer import Balancer
+from eplb_platform.runtime.bounded_planner import BoundedPlanner
 from eplb_platform.runtime.compute_profiling import ComputeProfiling
 from eplb_platform.runtime.cycle import CycleRules, RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PLANNER_TIMEOUTS = 1.5
+"""A planner that is given to `start_balancer` has so many transfer time-outs; a meeting waits for two."""
 TRACE_INTERVALS = 4
 """Collections whose passes are kept for the trace while no cycle can add them up."""
 
@@ -80,7 +84,8 @@ def start_balancer(
         starts from there. The number of nodes is that of `model.expert_map`, whatever a file says.
     joins: a new process in a group that serves already. Its map may name this rank active: without redundancy
         there is no other.
-    planner: plans in place of the configured algorithm.
+    planner: plans in place of the configured algorithm, in a thread of its own; left behind when it does not
+        answer within one and a half `transfer_timeout_s`, and asked nothing else until it does.
     recorder: records in place of a `MapRecorder` for `expert_map_record_path`; used on the
         first active rank only.
     tracer: keeps the load of every step in place of a `TraceRecorder`, where `trace_record_path` is set; used
@@ -131,7 +136,9 @@ def start_balancer(
             model_name=model_name or name,
             expert_map=expert_map,
             migrator=migrator,
-            planner=planner or _planner(config, num_expert_groups, link.plans),
+            planner=_bounded(planner, link, config, name)
+            if planner is not None
+            else _planner(config, num_expert_groups, link.plans),
             recorder=recorder or _map_recorder(config),
             tracer=tracer or _trace_recorder(config, model, link.plans, model_name),
             background=BackgroundThread(f"{name}-cycle"),
@@ -367,6 +374,16 @@ def _planner(config: EplbConfig, num_expert_groups: int, plans: bool) -> Algorit
     if config.observes and plans:
         planner.warm_up()
     return planner
+
+
+def _bounded(planner: Planner, link: RankLink, config: EplbConfig, name: str) -> BoundedPlanner:
+    """Half as long again as the watchdog waits: it says first where the rank is."""
+
+    def run(question: Coroutine[None, None, None]) -> None:
+        Thread(target=run_blocking, args=(question,), name=f"{name}-planner", daemon=True).start()
+
+    timeout_s = PLANNER_TIMEOUTS * config.transfer_timeout_s
+    return BoundedPlanner(planner, link.clock, link.gate, timeout_s=timeout_s, run=run)
 
 
 def _map_recorder(config: EplbConfig) -> MapRecorder | None:

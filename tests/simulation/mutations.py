@@ -203,6 +203,13 @@ MUTATIONS = (
         first_tried=169,
     ),
     Mutation(
+        RESIZE,
+        f"{RUNTIME}.record_fence",
+        "                if await self._resizes.is_left_out(plane):",
+        "                if False:",
+        first_tried=34,
+    ),
+    Mutation(
         SHAPES,
         f"{RUNTIME}.balancer",
         "        self._route(range(expert_map.num_layers), expert_map, tables)\n        self.stats.invalid",

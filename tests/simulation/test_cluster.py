@@ -54,7 +54,8 @@ def test_a_calm_cluster_moves_experts_and_waits_for_nothing() -> None:
 
 @pytest.mark.parametrize("device_group", [False, True])
 def test_a_flipped_bit_is_caught_and_the_next_cycle_succeeds(device_group: bool) -> None:
-    flipped = replace(CALM, faults=(FaultPlan("transfer corrupted", 2, 3),), device_group=device_group)
+    fault = FaultPlan("transfer corrupted", 2, 3)
+    flipped = replace(CALM, seed=3, faults=(fault,), device_group=device_group)
     result = simulate(flipped)
     assert result.violations == []
     assert result.injected["transfer corrupted"] == 1
@@ -102,6 +103,15 @@ def test_where_a_rank_keeps_its_files_may_differ() -> None:
         replace(CALM, different_config={"expert_map_record_path": "elsewhere.json"}, odd_rank=5)
     )
     assert result.passes > 0
+
+
+@pytest.mark.parametrize("kind", ["drain", "invalidate"])
+def test_a_planner_that_never_answers_holds_up_no_meeting(kind: str) -> None:
+    faults = (FaultPlan("planner never answers", 0, 3), *(FaultPlan(kind, 0, step) for step in (6, 9, 12)))
+    result = simulate(replace(CALM, faults=faults))
+    assert result.violations == []
+    assert result.injected[kind] == 3
+    assert result.injected["planner never answers"] == 1
 
 
 @pytest.mark.parametrize("kind", ["rank frozen", "clock jump"])

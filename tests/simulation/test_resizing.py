@@ -35,6 +35,13 @@ def test_ranks_leave_and_come_back() -> None:
     assert result.resizes["ranks joined"] == result.resizes["ranks left"] >= 1
 
 
+def test_a_planner_that_never_answers_holds_up_no_resize() -> None:
+    faults = (FaultPlan("planner never answers", 0, 3), FaultPlan("ranks leave", 0, 6))
+    result = simulate(replace(RESIZING, faults=faults))
+    assert result.violations == []
+    assert result.injected["planner never answers"] == result.resizes["agreed"] == 1
+
+
 def test_a_rank_without_the_store_stops_and_the_others_go_on() -> None:
     """Nothing but `ForwardStopped` may end its forward thread, wherever in `resize` it needs the store."""
     for seed in range(4):
@@ -52,6 +59,16 @@ def test_a_rank_that_was_taken_for_dead_is_gone_though_the_resize_failed() -> No
         assert result.recovered
         refused += result.resizes["refused"]
     assert refused
+
+
+@pytest.mark.parametrize("stage", [Stage.FETCH, Stage.COMMIT, Stage.RECORD])
+def test_a_rank_that_was_taken_for_dead_writes_over_no_record(stage: Stage) -> None:
+    """It is the one that recorded; when it wakes, its cycle ends, and another rank records."""
+    for seed in range(8):
+        taken_for_dead = FaultPlan("rank taken for dead", 0, 3, stage)
+        result = simulate(replace(RESIZING, seed=seed, faults=(taken_for_dead,), keeps_files=True))
+        assert result.violations == []
+        assert result.resizes["ranks left"] == 1
 
 
 def test_seeds_with_resizes_keep_every_rule() -> None:

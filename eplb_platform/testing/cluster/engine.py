@@ -107,6 +107,7 @@ class Engine:
         self.commits = np.zeros(scenario.num_ranks, dtype=np.int64)
         """[ranks], commits executed."""
         self._arrived: dict[int, Task] = {}
+        self._recorded_generation = 0
         self._running: dict[int, Pass] = {}
         """The pass that each rank is in."""
         self._sent_away: set[int] = set()
@@ -246,6 +247,7 @@ class Engine:
         table = expert_map.physical_to_logical
         for layer in layers:
             self.routed[rank, layer] = self.row_number(table[layer])
+        self.maps_in_force.add(expert_map.digest())  # some only until the resize that ends their cycle
         self.must_check = True
 
     def committed(self, rank: int, expert_map: ExpertMap) -> None:
@@ -271,6 +273,12 @@ class Engine:
         """The rank serves from now on, by `expert_map`."""
         self.started.add(rank)
         self.maps_in_force.add(expert_map.digest())
+
+    def recorded(self, rank: int, generation: int) -> None:
+        """`rank` has written the record of the map, as of this change of the active ranks."""
+        if generation < self._recorded_generation:
+            self.violate(f"rank {rank}: writes over the record of ranks that went on without it")
+        self._recorded_generation = generation
 
     def load_anew(self, rank: int, expert_map: ExpertMap, version: int) -> None:
         """The engine writes the rank's weights from its checkpoint."""

@@ -88,6 +88,7 @@ class SimulatedBackground(Background):
 
     def __init__(self, scheduler: Scheduler, rank: int, clock: SimulatedClock) -> None:
         self.task: Task | None = None
+        self._job: Coroutine[None, None, None] | None = None
         self._scheduler = scheduler
         self._rank = rank
         self._clock = clock
@@ -103,7 +104,14 @@ class SimulatedBackground(Background):
             raise RuntimeError(
                 f"rank {self._rank}: the background is {'closed' if self._is_closed else 'busy'}"
             )
+        self._job = job
         self.task = self._scheduler.spawn(self._rank, "background", self._run(job))
+
+    def kill(self) -> None:
+        """Nothing goes on here."""
+        if self.task is not None and self._job is not None and self.task is not self._scheduler.current:
+            self._scheduler.kill(self.task)
+            self._job.close()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         return await self._clock.until(lambda: not self.is_busy, timeout_s)
@@ -262,10 +270,16 @@ def _nonsense(current: ExpertMap, draw: random.Random) -> ExpertMap:
 
 
 class SimulatedRecorder:
-    """The record of the expert map: a file where there is a folder for it, else kept in memory."""
+    """The record of the expert map: a file where there is a folder for it, else kept in memory.
 
-    def __init__(self, path: Path | None, injected: Callable[[str], None]) -> None:
+    on_write: called whenever the file is replaced, which all ranks share
+    """
+
+    def __init__(
+        self, path: Path | None, injected: Callable[[str], None], on_write: Callable[[], None]
+    ) -> None:
         self.path = path
+        self._on_write = on_write
         self.fault = ""
         self.recorded: ExpertMap | None = None
         self._injected = injected
@@ -279,4 +293,5 @@ class SimulatedRecorder:
             raise RecordError(self.path or Path("map.json"), Fault("", fault))
         if self.path is not None:
             expert_map.save(self.path)
+        self._on_write()
         self.recorded = expert_map

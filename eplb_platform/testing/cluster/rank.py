@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +18,7 @@ from eplb_platform.migration.staging import BYTES_PER_MB, Staging
 from eplb_platform.migration.transfer import Migrator
 from eplb_platform.runtime.agreement import Agreement
 from eplb_platform.runtime.balancer import ANSWER_TIMEOUTS, Balancer
+from eplb_platform.runtime.bounded_planner import BoundedPlanner
 from eplb_platform.runtime.cycle import RankLink, Stage
 from eplb_platform.runtime.deployment import Deployment, DeploymentError
 from eplb_platform.runtime.gate import ForwardGate, ForwardStopped
@@ -26,7 +27,7 @@ from eplb_platform.runtime.planning import AlgorithmPlanner
 from eplb_platform.runtime.ports import ExpertLoad
 from eplb_platform.runtime.resize_meeting import ResizeError
 from eplb_platform.runtime.resizing import LostExpertsError
-from eplb_platform.runtime.start import assemble
+from eplb_platform.runtime.start import PLANNER_TIMEOUTS, assemble
 from eplb_platform.testing.cluster.engine import Engine, EngineFailed, Pass
 from eplb_platform.testing.cluster.membership import TRIES, Membership, Wish
 from eplb_platform.testing.cluster.network import Network, SimulatedGroup
@@ -145,6 +146,7 @@ class SimulatedRank:
         self.refusals = 0
         """Calls of `resize` that failed one after the other."""
         self.tasks: list[Task] = []
+        self._questions: list[Task] = []
         scenario, scheduler = engine.scenario, engine.scheduler
         draw = random.Random(f"rank {rank} of {scenario.seed}" + f", process {process}" * bool(process))
         members = [one for one in expert_map.topology.active_ranks if one != rank or not joins]
@@ -181,7 +183,11 @@ class SimulatedRank:
             gate=gate,
             members=members,
         )
-        self.recorder = SimulatedRecorder(None if folder is None else folder / "map.json", self._inject)
+        self.recorder = SimulatedRecorder(
+            None if folder is None else folder / "map.json",
+            self._inject,
+            lambda: engine.recorded(self.rank, self.link.generation),
+        )
         self.planner = SimulatedPlanner(
             scheduler,
             draw,
@@ -222,7 +228,7 @@ class SimulatedRank:
         except ForwardStopped as stopped:
             self.ending = f"stopped: {stopped}"
             engine.leave(self.rank, self.ending)
-            if not self.weather.has_lost and not self._waits_for_planner(stopped):
+            if not self.weather.has_lost:
                 engine.violate(f"rank {self.rank} {self.ending}, though it could reach the store")
         finally:
             if engine.membership is not None and engine.is_over_after(engine.step):
@@ -233,9 +239,10 @@ class SimulatedRank:
         """One pass, and what the engine calls after it."""
         engine, membership = self.engine, self.engine.membership
         served = await engine.forward(self.rank)
+        calls = self.calls.pop(engine.step, ())
         if served is not None:
             await self._step(served)
-            for call in self.calls.pop(engine.step, ()):
+            for call in calls:
                 await call()
         if membership is None:
             return
@@ -372,11 +379,6 @@ class SimulatedRank:
         if self.balancer.stats.commits != commits:
             self.engine.committed(self.rank, self.balancer.expert_map)
 
-    def _waits_for_planner(self, stopped: ForwardStopped) -> bool:
-        """A meeting ends the running cycle, which cannot end before its planner answers."""
-        late = {"planner late", "planner never answers"} & set(self.engine.injected)
-        return bool(late) and "still in plan" in str(stopped)
-
     # --- what goes wrong ---
 
     def freeze(self, seconds: float) -> None:
@@ -395,7 +397,8 @@ class SimulatedRank:
         if self.is_dead or self.ending:
             return
         self.is_dead, self.ending = True, "dead"
-        for task in [*self.tasks, *([self.background.task] if self.background.task else [])]:
+        self.background.kill()
+        for task in [*self.tasks, *self._questions]:
             if task is not self.engine.scheduler.current:
                 self.engine.scheduler.kill(task)
         self.engine.leave(self.rank, "killed")
@@ -456,13 +459,22 @@ class SimulatedRank:
             model_name="simulated",
             expert_map=expert_map,
             migrator=self._migrator if self.config.moves_experts else None,
-            planner=self.planner,
+            planner=BoundedPlanner(
+                self.planner,
+                self.clock,
+                self.link.gate,
+                timeout_s=PLANNER_TIMEOUTS * self.config.transfer_timeout_s,
+                run=self._ask_planner,
+            ),
             recorder=self.recorder if self.config.records_map else None,
             tracer=self.tracer,
             background=self.background,
             lend_migrator=lambda: self.group.lent(self._new_migrator()),
             on_stage=self._enter,
         )
+
+    def _ask_planner(self, question: Coroutine[None, None, None]) -> None:
+        self._questions.append(self.engine.scheduler.spawn(self.rank, "planner", question))
 
     def _algorithm(self) -> AlgorithmPlanner:
         return AlgorithmPlanner(

@@ -178,23 +178,29 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
         return replace(scenario, different_config=different, odd_rank=odd)
     faults = [_fault(scenario, draw) for _ in range(draw.choice((1, 1, 2, 3, 4)))]
     if draw.random() < 0.2:
-        kind = draw.choices(LAST_FAULTS, (0.6, 0.35, 0.05))[0]
+        kind = draw.choices(LAST_FAULTS, (0.5, 0.3, 0.2))[0]
         rank = 0 if kind == "planner never answers" else draw.randrange(scenario.num_ranks)
         faults.append(_at(kind, rank, scenario, draw))
     return replace(scenario, faults=tuple(faults))
 
 
 def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
-    """Ranks come and go in between; the engine's meetings are left out, for which every rank would have to
-    be called.
-    """
+    """Ranks come and go in between."""
     if scenario.different_config or scenario.odd_deploys:
         return scenario
-    others = [fault for fault in scenario.faults if fault.kind not in MEETINGS and fault.kind != "rank dead"]
+    if draw.random() < 0.6:  # room for ranks that leave
+        slots, ranks = scenario.slots_per_rank, scenario.num_ranks
+        scenario = replace(
+            scenario, num_redundant=min(slots * draw.randint(1, ranks // 2), ranks * slots - slots)
+        )
+    others = [fault for fault in scenario.faults if fault.kind != "rank dead"]
     resizes = []
     for _ in range(draw.choice((1, 2, 3, 5))):
         fault = _at(draw.choice(RESIZES), draw.randrange(scenario.num_ranks), scenario, draw)
-        resizes.append(replace(fault, stage=draw.choice(ANY_STAGE) if draw.random() < 0.5 else None))
+        fault = replace(fault, stage=draw.choice(ANY_STAGE) if draw.random() < 0.5 else None)
+        if fault.kind == "rank taken for dead" and draw.random() < 0.5:  # who records has most to spoil
+            fault = replace(fault, rank=0, stage=Stage.COMMIT)
+        resizes.append(fault)
     return replace(
         scenario,
         resizes=True,

@@ -112,8 +112,8 @@ class _Simulation:
         self.store = SimulatedStore(self.scheduler)
         self.network = Network(self.scheduler)
         self.folder = folder
-        deploy = self._map_to_deploy() if scenario.deploys else None
-        other = self._map_to_deploy() if scenario.odd_deploys else None
+        deploy = _shuffled(self.initial, self.random) if scenario.deploys else None
+        other = _shuffled(self.initial, self.random) if scenario.odd_deploys else None
         self.ranks = [
             SimulatedRank(
                 rank,
@@ -138,16 +138,6 @@ class _Simulation:
         self.well_since: dict[SimulatedRank, int] = {}
         """When each rank has to be well again, in cycles that succeed there."""
         self._serving = scenario.num_ranks
-
-    def _map_to_deploy(self) -> ExpertMap:
-        slots = self.random.sample(
-            range(self.initial.num_physical_experts), self.initial.num_physical_experts
-        )
-        return ExpertMap(
-            self.initial.physical_to_logical[:, slots],
-            self.initial.num_logical_experts,
-            self.initial.topology,
-        )
 
     def _config_of(self, rank: int) -> EplbConfig:
         scenario = self.scenario
@@ -266,23 +256,23 @@ class _Simulation:
         _STRIKES[fault.kind](self, self.ranks[fault.rank])
 
     def meet(self, kind: str, odd: SimulatedRank) -> None:
-        """All forward threads are called together after the pass that runs: to load weights anew, or drain.
+        """All active ranks are called together after the pass that runs: to load weights anew, or drain.
 
         odd: a rank that comes late, or for something else, where `kind` says so
         """
-        draw, scenario = self.random, self.scenario
+        draw, scenario, called = self.random, self.scenario, sorted(self.engine.members)
+        odd = odd if odd.rank in called else self.ranks[draw.choice(called)]
         purpose = kind if kind in ("invalidate", "drain") else draw.choice(("invalidate", "drain"))
         kinds = [fault.kind for fault in scenario.faults]
         may_fail = (
             purpose != kind
+            or scenario.resizes
             or any(one.startswith(MEETING_FAULTS) for one in kinds)
             or sum(one in MEETINGS for one in kinds) > 1
         )
-        table = self.initial.physical_to_logical[
-            :, draw.sample(range(self.initial.num_physical_experts), k=self.initial.num_physical_experts)
-        ]
-        loaded = ExpertMap(table, self.initial.num_logical_experts, self.initial.topology)
-        for rank in self.ranks:
+        in_force = self.ranks[called[0]].balancer.expert_map
+        loaded = _shuffled(in_force, draw)
+        for rank in (self.ranks[one] for one in called):
             is_odd = rank is odd
             mine = (
                 ("drain" if purpose == "invalidate" else "invalidate")
@@ -340,6 +330,8 @@ class _Simulation:
             states = Counter(rank.balancer.state for rank in self.ranks)
             engine.violate(f"no cycle succeeds any more: {dict(states)}, {dict(last)}")
         for rank in self.processes:
+            if rank.is_dead:
+                continue
             for task in rank.tasks:
                 if task.error is not None:
                     engine.violate(f"rank {rank.rank}: the forward thread raises {task.error!r}")
@@ -509,6 +501,14 @@ def _rebalance_one(simulation: _Simulation, rank: SimulatedRank) -> None:
 def _die(simulation: _Simulation, rank: SimulatedRank) -> None:
     rank.die()
     simulation.is_permanent = True
+
+
+def _shuffled(expert_map: ExpertMap, draw: random.Random) -> ExpertMap:
+    """The same experts in other slots of the active ranks."""
+    table = expert_map.physical_to_logical.copy()
+    in_use = np.flatnonzero(table[0] >= 0).tolist()
+    table[:, in_use] = table[:, draw.sample(in_use, k=len(in_use))]
+    return ExpertMap(table, expert_map.num_logical_experts, expert_map.topology)
 
 
 def _any_map(like: ExpertMap, topology: Topology) -> ExpertMap:
