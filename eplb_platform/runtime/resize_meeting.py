@@ -180,7 +180,7 @@ class ResizeMeetings:
                 if not verdict.reason:
                     if presence.is_member or verdict.includes(self._link.rank, presence.incarnation):
                         return verdict
-                elif verdict.active_ranks == presence.active_ranks and (presence.is_member or known is None):
+                elif _is_about(verdict, presence, took_part=known is None):
                     raise ResizeError(f"resize: {verdict.reason}; the active ranks are what they were")
         except ResizeError:
             raise
@@ -209,6 +209,12 @@ class ResizeMeetings:
             await clock.sleep(pause)
             pause = min(pause * 1.5, SLOWEST_POLL_S)
         return known
+
+
+def _is_about(refusal: Verdict, presence: Presence, *, took_part: bool) -> bool:
+    """Whether a rank acts on a refusal: of its own wish, for a member also of others' while it was there."""
+    is_same = refusal.active_ranks == presence.active_ranks
+    return is_same or took_part if presence.is_member else is_same and took_part
 
 
 class _Roll:

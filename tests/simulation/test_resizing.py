@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,31 @@ def test_a_rank_that_was_taken_for_dead_is_gone_though_the_resize_failed() -> No
         assert result.recovered
         refused += result.resizes["refused"]
     assert refused
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [
+        ("rank dies coming to a resize", "did not come in time|no verdict within|rank . has .*, rank . "),
+        ("rank dies once a resize is agreed", "not every rank reached 'ended'"),
+        ("rank dies in the transfer of a resize", "GroupError: "),
+        ("rank dies after a transfer of a resize", "not every rank reached 'chunk/"),
+        ("rank dies at the end of a resize", "not every rank reached 'done'"),
+    ],
+)
+def test_a_death_in_a_resize_leaves_the_active_ranks_as_they_were(kind: str, outcome: str, rank: int) -> None:
+    """All others learn how it ended, and the next resize is one without the dead or with a new process."""
+    deaths, seen = 0, ""
+    for seed in range(8):
+        faults = (FaultPlan("ranks leave", 0, 3), FaultPlan(kind, rank, 9))
+        result = simulate(replace(RESIZING, seed=seed, num_redundant=9, faults=faults), keep_trace=True)
+        assert result.violations == []
+        assert result.recovered
+        deaths += result.injected[kind]
+        seen += "\n".join(line for line in result.trace if "the active ranks are what they were" in line)
+    assert deaths
+    assert re.search(outcome, seen), seen
 
 
 @pytest.mark.parametrize("stage", [Stage.FETCH, Stage.COMMIT, Stage.RECORD])

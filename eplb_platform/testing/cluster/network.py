@@ -5,7 +5,7 @@ rank breaks it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -102,6 +102,7 @@ class SimulatedGroup(Group):
     is_device_group: whether the forward thread has to enqueue exchanges
     on_call: called before each operation; injected(kind): called when a fault of `faults` takes effect
     step: the number of the pass that has ended
+    at_place: awaited in each operation, with its name
     """
 
     def __init__(
@@ -119,7 +120,9 @@ class SimulatedGroup(Group):
         injected: Callable[[str], None],
         violate: Callable[[str], None],
         step: Callable[[], int],
+        at_place: Callable[[str], Awaitable[None]],
     ) -> None:
+        self._at_place = at_place
         self.faults = GroupFaults()
         self.epoch = 0
         self._network = network
@@ -274,6 +277,7 @@ class SimulatedGroup(Group):
 
     async def _enter(self, kind: str) -> None:
         self._on_call()
+        await self._at_place(kind)
         if (reason := self.faults.error_in.pop(kind, None)) is not None:
             self._injected(f"error in {kind}")
             self.abort()

@@ -24,7 +24,7 @@ from eplb_platform.runtime.deployment import Deployment, DeploymentError
 from eplb_platform.runtime.gate import ForwardGate, ForwardStopped
 from eplb_platform.runtime.meeting import ForwardMeetings, MeetingFailed
 from eplb_platform.runtime.planning import AlgorithmPlanner
-from eplb_platform.runtime.ports import ExpertLoad
+from eplb_platform.runtime.ports import ControlPlane, ExpertLoad
 from eplb_platform.runtime.resize_meeting import ResizeError
 from eplb_platform.runtime.resizing import LostExpertsError
 from eplb_platform.runtime.start import PLANNER_TIMEOUTS, assemble
@@ -66,6 +66,38 @@ class _PokingCondition(threading.Condition):
 
     def notify_all(self) -> None:
         self._poke()
+
+
+class _Passing(ControlPlane):
+    """The forward thread's client of the store.
+
+    at_place: awaited before and after each write, with the place in a resize that it is for
+    """
+
+    def __init__(self, plane: ControlPlane, at_place: Callable[[str], Awaitable[None]]) -> None:
+        self._at_place = at_place
+        self._plane = plane
+
+    async def settle(self, key: str, value: str) -> str:
+        _, is_resize, rest = f"/{key}".partition("/resize/")
+        place = rest.split("/")[1] if is_resize and "/" in rest else ""
+        place = "presence" if place.isdigit() else place
+        await self._at_place(place)
+        result = await self._plane.settle(key, value)
+        await self._at_place(place)
+        return result
+
+    async def read(self, key: str) -> str | None:
+        return await self._plane.read(key)
+
+    async def read_all(self, keys: Sequence[str]) -> list[str]:
+        return await self._plane.read_all(keys)
+
+    async def count(self, key: str) -> int:
+        return await self._plane.count(key)
+
+    async def forget(self, keys: Sequence[str]) -> None:
+        await self._plane.forget(keys)
 
 
 class TaggedModel:
@@ -140,6 +172,10 @@ class SimulatedRank:
         self.ending = ""
         """Why the forward thread ended; empty while it serves."""
         self.is_dead = False
+        self.dies_at = ""
+        """The place of a resize where it dies, and as what fault, and after how many passings."""
+        self.death = ""
+        self.places_before_death = 0
         self.longest_wait_s = 0.0
         self.slept_s = 0.0
         """For how long its clock went on while it could not."""
@@ -172,6 +208,7 @@ class SimulatedRank:
             injected=self._inject,
             violate=engine.violate,
             step=lambda: engine.step,
+            at_place=self._at_place,
         )
         self.background = SimulatedBackground(scheduler, rank, self.clock)
         self.link = RankLink(
@@ -199,7 +236,8 @@ class SimulatedRank:
         )
         traces = config.trace_record_path is not None and self.link.plans
         self.tracer = SimulatedTracer(engine) if traces else None
-        self._meetings = ForwardMeetings(self._plane(store, draw), self.link)
+        forward = self._plane(store, draw)
+        self._meetings = ForwardMeetings(_Passing(forward, self._at_place), self.link)
         self._deploy = deploy
         self._is_in_step = False
         self._held_back: tuple[NDArray[np.int64] | None, ExpertMap, Phase, bool] | None = None
@@ -260,6 +298,18 @@ class SimulatedRank:
             if wish is None:
                 return
             await self._resize(membership, wish)
+
+    async def _at_place(self, place: str) -> None:
+        """Where a resize gets, on the forward thread; there it may die."""
+        if place != self.dies_at or not self.death or self.engine.scheduler.current not in self.tasks:
+            return
+        if self.places_before_death:
+            self.places_before_death -= 1
+            return
+        death, self.death = self.death, ""
+        self._inject(death)
+        self.engine.scheduler.call_at(self.engine.scheduler.now, self.die)
+        await self.engine.scheduler.park(None)
 
     async def _resize(self, membership: Membership, wish: Wish) -> None:
         engine = self.engine

@@ -34,6 +34,16 @@ RESIZES = (
     "ranks leave", "ranks join", "rank dead, others go on", "rank dead, a new process comes",
     "rank taken for dead",
 )  # fmt: skip
+RESIZE_DEATHS = {
+    "rank dies coming to a resize": "presence",
+    "rank dies once a resize is agreed": "ended",
+    "rank dies in the transfer of a resize": "fetch",
+    "rank dies after a transfer of a resize": "chunk",
+    "rank dies at the end of a resize": "done",
+}
+"""By kind, the place of the resize where it dies."""
+RESIZING = (2, 4)
+"""Of five seeds, those in which ranks come and go."""
 MEETINGS = ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
 LAST_FAULTS = ("rank dead", "shutdown", "planner never answers")
 """At most one in a run, and nothing has to be well after it."""
@@ -155,7 +165,7 @@ def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
         quiet_step=quiet,
     )
     scenario = _with_faults(scenario, draw)
-    return _with_resizes(scenario, draw) if seed % 5 == 4 else scenario
+    return _with_resizes(scenario, draw) if seed % 5 in RESIZING else scenario
 
 
 def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
@@ -196,7 +206,8 @@ def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
     others = [fault for fault in scenario.faults if fault.kind != "rank dead"]
     resizes = []
     for _ in range(draw.choice((1, 2, 3, 5))):
-        fault = _at(draw.choice(RESIZES), draw.randrange(scenario.num_ranks), scenario, draw)
+        kind = draw.choice((*RESIZES, draw.choice(tuple(RESIZE_DEATHS))))
+        fault = _at(kind, draw.randrange(scenario.num_ranks), scenario, draw)
         fault = replace(fault, stage=draw.choice(ANY_STAGE) if draw.random() < 0.5 else None)
         if fault.kind == "rank taken for dead" and draw.random() < 0.5:  # who records has most to spoil
             fault = replace(fault, rank=0, stage=Stage.COMMIT)

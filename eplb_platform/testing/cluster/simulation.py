@@ -27,6 +27,7 @@ from eplb_platform.testing.cluster.scenario import (
     MEETINGS,
     PLANNER_FAULTS,
     RANK_FAULTS,
+    RESIZE_DEATHS,
     RESIZES,
     STEP_S,
     TIMEOUT_S,
@@ -49,7 +50,7 @@ HARMLESS = {
     "pause on one rank",
     "slow rank",
 }
-SLOWING = {"rank dead", *(kind for kind in RESIZES if "dead" in kind)} | {
+SLOWING = {"rank dead", *RESIZE_DEATHS, *(kind for kind in RESIZES if "dead" in kind)} | {
     kind
     for kind in (*RANK_FAULTS, *ENGINE_FAULTS)
     if kind.startswith(("slow", "lost", "store", "rank frozen", "clock"))
@@ -246,7 +247,7 @@ class _Simulation:
 
     def _strike(self, fault: FaultPlan) -> None:
         self.engine.trace.add(self.scheduler.now, f"comes: {fault}")
-        if fault.kind in RESIZES:
+        if fault.kind in _RESIZES:
             _RESIZES[fault.kind](self, self.ranks[fault.rank], fault.kind)
             return
         if fault.kind not in ("transfer corrupted", "plan differs on a rank") and not fault.kind.startswith(
@@ -287,6 +288,8 @@ class _Simulation:
         version = self.engine.weights.version + 1
 
         async def load_anew() -> None:
+            if loaded.topology != rank.balancer.expert_map.topology:
+                return  # a late call, which other active ranks have made void
             await rank.balancer.invalidating(loaded)
             self.engine.load_anew(rank.rank, loaded, version)
 
@@ -567,6 +570,16 @@ def _taken_for_dead(simulation: _Simulation, rank: SimulatedRank, kind: str) -> 
     membership.planned = Wish(stay, dead, kind, on_begin=lambda: rank.freeze(6 * TIMEOUT_S))
 
 
+def _dies_in_resize(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
+    """In the next one, which comes soon."""
+    draw = simulation.random
+    rank.dies_at, rank.death, rank.places_before_death = RESIZE_DEATHS[kind], kind, draw.randrange(3)
+    simulation.membership.replaces_the_dead = draw.random() < 0.5
+    if simulation.membership.planned is None:
+        change = draw.choice((_ranks_leave, _ranks_join))
+        change(simulation, rank, "ranks leave" if change is _ranks_leave else "ranks join")
+
+
 def _shut_down(simulation: _Simulation, rank: SimulatedRank) -> None:
     """All ranks end after the next pass: some may wait for it already."""
     if simulation.engine.last_pass is None:
@@ -583,6 +596,7 @@ _RESIZES: dict[str, Callable[[_Simulation, SimulatedRank, str], None]] = {
     "rank dead, others go on": _die_in,
     "rank dead, a new process comes": _die_in,
     "rank taken for dead": _taken_for_dead,
+    **dict.fromkeys(RESIZE_DEATHS, _dies_in_resize),
 }
 _STRIKES: dict[str, Callable[[_Simulation, SimulatedRank], None]] = {
     **{kind: _planner_fault(kind) for kind in (*PLANNER_FAULTS, "planner never answers")},
