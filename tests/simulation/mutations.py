@@ -200,14 +200,14 @@ MUTATIONS = (
         f"{RUNTIME}.resize_meeting",
         "            return self._refuse(f\"rank {', '.join(map(str, needed))} did not come in time\")",
         "            pass",
-        first_tried=64,
+        first_tried=17,
     ),
     Mutation(
         RESIZE,
         f"{RUNTIME}.record_fence",
         "                if await self._resizes.is_left_out(plane):",
         "                if False:",
-        first_tried=7,
+        first_tried=17,
     ),
     Mutation(
         SHAPES,

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trace", action="store_true", help="show what happened, with --seed")
     options = parser.parse_args(arguments)
     for name in ("seeds", "ranks", "processes"):
-        if getattr(options, name) is not None and getattr(options, name) < (2 if name == "ranks" else 1):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: expected a larger number")
     if options.seed is not None:
         return _one(options.seed, options.ranks, options.trace)

@@ -31,8 +31,8 @@ ENGINE_FAULTS = (
     "ranks mean different meetings", "exception in a stage of all ranks",
 )  # fmt: skip
 RESIZES = (
-    "ranks leave", "ranks join", "rank dead, others go on", "rank dead, a new process comes",
-    "rank taken for dead",
+    "ranks leave", "ranks join", "ranks leave while others join", "rank taken for dead",
+    "rank dead, others go on", "rank dead, a new process comes",
 )  # fmt: skip
 RESIZE_DEATHS = {
     "rank dies coming to a resize": "presence",
@@ -172,9 +172,9 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
     """None, one, or a few at once."""
     if scenario.config.mode.value == "off" or draw.random() < 0.1:
         return scenario
-    if scenario.deploys and draw.random() < 0.2:
+    if scenario.deploys and draw.random() < 0.2 and scenario.num_ranks > 1:
         return replace(scenario, odd_deploys=True, odd_rank=draw.randrange(scenario.num_ranks))
-    if draw.random() < 0.03:
+    if draw.random() < 0.03 and scenario.num_ranks > 1:
         different = draw.choice(
             (
                 {"layer_updates_per_step": scenario.config.layer_updates_per_step + 1},
@@ -196,13 +196,9 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
 
 def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
     """Ranks come and go in between."""
-    if scenario.different_config or scenario.odd_deploys:
+    if scenario.different_config or scenario.odd_deploys or scenario.num_ranks == 1:
         return scenario
-    if draw.random() < 0.6:  # room for ranks that leave
-        slots, ranks = scenario.slots_per_rank, scenario.num_ranks
-        scenario = replace(
-            scenario, num_redundant=min(slots * draw.randint(1, ranks // 2), ranks * slots - slots)
-        )
+    scenario = replace(scenario, num_redundant=_room_to_leave(scenario, draw))
     others = [fault for fault in scenario.faults if fault.kind != "rank dead"]
     resizes = []
     for _ in range(draw.choice((1, 2, 3, 5))):
@@ -218,6 +214,16 @@ def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
         tolerates_death=True,
         faults=(*others, *resizes),
     )
+
+
+def _room_to_leave(scenario: Scenario, draw: random.Random) -> int:
+    """Redundant experts: as drawn, so that some ranks may leave, or all but one."""
+    slots, ranks, luck = scenario.slots_per_rank, scenario.num_ranks, draw.random()
+    if luck < 0.4:
+        return scenario.num_redundant
+    if luck < 0.5 and not scenario.weighted:
+        return slots * (ranks - 1)
+    return slots * draw.randint(1, ranks // 2)
 
 
 def _fault(scenario: Scenario, draw: random.Random) -> FaultPlan:

@@ -550,6 +550,23 @@ def _ranks_join(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None
     membership.planned = Wish(tuple(sorted(membership.active | set(joining))), draw.choice((None, ())), kind)
 
 
+def _ranks_change_places(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
+    """As many leave as join, or nearly."""
+    membership, draw = simulation.membership, simulation.random
+    away = sorted(set(range(simulation.scenario.num_ranks)) - membership.active)
+    if not away or membership.is_broken:
+        return
+    joining = draw.sample(away, draw.randint(1, len(away)))
+    most = min(len(membership.active) - 1, len(membership.active) + len(joining) - membership.room)
+    leaving = draw.sample(sorted(membership.active), draw.randint(0, max(0, most)))
+    for one in joining:
+        if simulation.ranks[one].ending:
+            simulation.restart(one)
+    simulation.engine.inject(kind, joining[0])
+    active = membership.active - set(leaving) | set(joining)
+    membership.planned = Wish(tuple(sorted(active)), draw.choice((None, ())), kind)
+
+
 def _die_in(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
     membership = simulation.membership
     if rank.ending or len(membership.serving) < 2:
@@ -593,6 +610,7 @@ def _meeting(kind: str) -> Callable[[_Simulation, SimulatedRank], None]:
 _RESIZES: dict[str, Callable[[_Simulation, SimulatedRank, str], None]] = {
     "ranks leave": _ranks_leave,
     "ranks join": _ranks_join,
+    "ranks leave while others join": _ranks_change_places,
     "rank dead, others go on": _die_in,
     "rank dead, a new process comes": _die_in,
     "rank taken for dead": _taken_for_dead,
