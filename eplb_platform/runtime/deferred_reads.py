@@ -44,7 +44,9 @@ class DeferredReader(Generic[Tag]):
         """Enqueue a read of `tensor` as the current stream leaves it by now; it may change right afterwards.
 
         False, and nothing is read, while as many values as fit are on their way: the device is far behind.
+        Raises RuntimeError, with nothing enqueued, while a graph is captured.
         """
+        self._streams.check_not_capturing()
         if not self._free:
             return False
         place = self._free.pop()

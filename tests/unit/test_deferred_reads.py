@@ -7,7 +7,7 @@ import torch
 
 from eplb_backends.cpu import CpuBackend
 from eplb_platform.runtime.deferred_reads import DeferredReader
-from eplb_platform.testing.simulated_accelerator import SimulatedDevice, SimulatedStreams
+from eplb_platform.testing.simulated_accelerator import FORWARD, SimulatedDevice, SimulatedStreams
 from tests.simulated_backend import SimulatedBackend
 
 
@@ -53,3 +53,15 @@ def test_a_full_reader_says_so_and_reads_nothing() -> None:
 def test_a_reader_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         DeferredReader(CpuBackend(), (1,), torch.int64, depth=0)
+
+
+def test_no_read_becomes_part_of_a_graph_that_is_captured() -> None:
+    streams = SimulatedStreams(SimulatedDevice(0, eagerness=0.0))
+    reader: DeferredReader[int] = DeferredReader(SimulatedBackend(streams), (1,), torch.int64, depth=1)
+    load = torch.zeros(1, dtype=torch.int64)
+    streams.is_capturing = True
+    with pytest.raises(RuntimeError, match="captured"):
+        reader.put(load, 0)
+    assert not streams.device.pending(FORWARD)
+    streams.is_capturing = False
+    assert reader.put(load, 1)

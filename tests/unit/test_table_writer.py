@@ -96,3 +96,12 @@ def test_rows_that_are_larger_than_expected_get_a_room() -> None:
     writer.write(table, [0, 1], rows_of(0))
     device.finish()
     assert torch.equal(table, torch.from_numpy(rows_of(0)).long())
+
+
+def test_nothing_is_written_into_a_graph_that_is_captured() -> None:
+    streams = SimulatedStreams(SimulatedDevice(0, eagerness=0.0))
+    writer = TableWriter(SimulatedBackend(streams), torch.int64, entries=12)
+    streams.is_capturing = True
+    with pytest.raises(RuntimeError, match="captured"):
+        writer.write(torch.zeros(2, 2, 3, dtype=torch.int64), [0, 1], rows_of(0))
+    assert not streams.device.pending(FORWARD)

@@ -74,10 +74,10 @@ class CollectiveTransfer:
         self._place_of = {rank: place for place, rank in enumerate(ranks) if rank != self._rank}
         with self._lock:
             self._group = group
-        own, *others = torch.zeros(len(ranks), dtype=torch.uint8, device=self._device_type).split(1)
-        sends = [Message(place, own) for place in self._place_of.values()]
-        receives = [Message(*pair) for pair in zip(self._place_of.values(), others, strict=True)]
-        with self._streams.transfer():
+        with self._streams.transfer():  # whose memory it is, too: it may be given back before it was written
+            own, *others = torch.zeros(len(ranks), dtype=torch.uint8, device=self._device_type).split(1)
+            sends = [Message(place, own) for place in self._place_of.values()]
+            receives = [Message(*pair) for pair in zip(self._place_of.values(), others, strict=True)]
             self._enqueue(_Batch(sends, receives))
         self.wait("connecting the ranks", timeout_s)
 

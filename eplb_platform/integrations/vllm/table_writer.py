@@ -51,8 +51,12 @@ class TableWriter:
         self._rooms = [self._new_room(entries) for _ in range(_ROOMS)]
 
     def write(self, table: torch.Tensor, layers: list[int], rows: NDArray[np.int32]) -> None:
-        """Overwrite `table[layers]` with `rows`, of one shape; in place, as captured graphs read there."""
+        """Overwrite `table[layers]` with `rows`, of one shape; in place, as captured graphs read there.
+
+        Raises RuntimeError, with nothing enqueued, while a graph is captured.
+        """
         streams = self._backend.streams
+        streams.check_not_capturing()
         room = self._room_for(rows.size)
         place = room.memory[room.used : room.used + rows.size].view(rows.shape)
         place.copy_(torch.from_numpy(np.ascontiguousarray(rows)))
