@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from eplb_backends.cpu.streams import SerialStreams
 from eplb_platform.backend import load_backend
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
@@ -17,7 +18,7 @@ from eplb_platform.topology import Topology
 MAPS = [ExpertMap(table, 4, Topology(2)) for table in ([[0, 1, 2, 3]], [[3, 2, 1, 0]])]
 
 
-class LaggingStreams:
+class LaggingStreams(SerialStreams):
     """A device whose marks pass when the test says so; copies are made at once, as streams order them."""
 
     def __init__(self) -> None:
@@ -31,7 +32,8 @@ class LaggingStreams:
         self.marks += 1
         return self.marks
 
-    def passed(self, mark: int) -> bool:
+    def passed(self, mark: object) -> bool:
+        assert isinstance(mark, int)
         return mark <= self.reached
 
 
