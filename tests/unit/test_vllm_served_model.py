@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,9 @@ from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.vllm.kernel_timing import count_local
 from eplb_platform.integrations.vllm.served_model import VllmModel
 from eplb_platform.runtime.compute_profiling import ComputeProfiling
+from eplb_platform.testing.simulated_accelerator import SimulatedDevice, SimulatedStreams
 from eplb_platform.topology import Topology
+from tests.simulated_backend import SimulatedBackend
 
 TOPOLOGY = Topology(num_ranks=4)
 INITIAL = [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
@@ -51,6 +55,48 @@ def test_entries_of_replicas_that_are_gone_are_removed() -> None:
     model.apply_map([1], ExpertMap(np.array([INITIAL[0], [0, 1, 0, 2, 0, 3, 0, 1]]), 4, TOPOLOGY))
     model.apply_map([1], ExpertMap(np.array(INITIAL), 4, TOPOLOGY))
     assert state.logical_to_physical_map[1, :, :5].tolist()[0] == [0, 4, -1, -1, -1]
+
+
+class OnDevice(torch.Tensor):
+    """In host memory, and says that it is not."""
+
+    device = SimpleNamespace(type="simulated")  # type: ignore[assignment]
+
+
+class Counting(SimulatedBackend):
+    """Counts the entries that are allocated on the host."""
+
+    entries = 0
+
+    def allocate_on_host(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        self.entries += math.prod(shape)
+        return super().allocate_on_host(shape, dtype)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_on_a_device_are_written_through_memory_that_was_allocated_before(seed: int) -> None:
+    """All layers at once, two times before the device has to be done: the most that a balancer writes."""
+    model, state = model_of(INITIAL)
+    for name in ("physical_to_logical_map", "logical_to_physical_map", "logical_replica_count"):
+        setattr(state, name, getattr(state, name).as_subclass(OnDevice))
+    device = SimulatedDevice(seed)
+    backend = Counting(SimulatedStreams(device))
+    model.write_through(backend)
+    allocated = backend.entries
+    assert allocated > 0
+    wide = [[0, 1, 2, 3, 0, 0, 0, 0], [3, 1, 0, 2, 3, 3, 3, 3]]
+    maps = [ExpertMap(np.array(placed), 4, TOPOLOGY) for placed in (wide, INITIAL)]
+    for turn in range(6):
+        after = maps[turn % 2]
+        table = np.zeros((2, 4, model.routing_table_width), np.int32)
+        table[..., :2] = after.logical_to_physical[..., :2]
+        model.apply_tables(range(2), after, table, after.replica_count)
+        if turn % 2:
+            device.finish()
+            assert state.physical_to_logical_map.tolist() == after.physical_to_logical.tolist()
+            assert state.logical_to_physical_map[:, :, : table.shape[-1]].tolist() == table.tolist()
+            assert state.logical_replica_count.tolist() == after.replica_count.tolist()
+    assert backend.entries == allocated
 
 
 class Kernel:

@@ -6,11 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
     from eplb_platform.backend import Backend, StreamOperations
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class TableWriter:
         streams.check_not_capturing()
         room = self._room_for(rows.size)
         place = room.memory[room.used : room.used + rows.size].view(rows.shape)
-        place.copy_(torch.from_numpy(np.ascontiguousarray(rows)))
+        place.numpy()[...] = rows
         room.used += rows.size
         for layer, row in zip(layers, place, strict=True):
             streams.copy(table[layer], row)
