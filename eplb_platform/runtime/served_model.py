@@ -50,7 +50,7 @@ class WeightedModel(ServedModel, Protocol):
     @property
     def routing_table_width(self) -> int:
         """Entries that a row of the device's table has room for, the same on every rank; the more, the finer
-        the shares.
+        the shares. An expert may get as many replicas as there are redundant slots, and one.
         """
         ...
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb_platform.algorithms.survival import Survival, check_survival, survives
 from eplb_platform.balance import window_balancedness
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records.fault import Fault, RecordError
@@ -152,9 +153,7 @@ class SimulatedPlanner:
         self._check = check
         self._injected = injected
         self._choose = self._any_map if algorithm is None else algorithm.choose
-        self._judge = (
-            _no_judgement if algorithm is None else partial(_judge_plan, violate, algorithm.min_balancedness)
-        )
+        self._judge = _no_judgement if algorithm is None else partial(_judge_plan, violate, algorithm)
 
     async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         self._check(load)
@@ -200,16 +199,23 @@ def _no_judgement(load: ExpertLoad, current: ExpertMap, planned: ExpertMap) -> N
 
 def _judge_plan(
     violate: Callable[[str], None],
-    min_balancedness: float,
+    rules: AlgorithmPlanner,
     load: ExpertLoad,
     current: ExpertMap,
     planned: ExpertMap,
 ) -> None:
-    """A layer moves only for a gain; what stays on its rank keeps its slot; no rank holds an expert twice."""
+    """A layer moves only for a gain; what stays on its rank keeps its slot; no rank holds an expert twice; a
+    map survives what it is to.
+    """
+    survive = _possible_survival(rules.survive, current)
+    survived, survive_after = survives(current, survive), survives(planned, survive)
+    if not survive_after.all():
+        violate(f"layers {np.flatnonzero(~survive_after).tolist()} do not survive the loss of a {survive}")
     before, after = current.by_rank(), planned.by_rank()
     moves = (before != after).any(axis=(1, 2))
     balancedness = window_balancedness(current, load)
-    gains = (window_balancedness(planned, load) > balancedness) & (balancedness < min_balancedness)
+    gains = (window_balancedness(planned, load) > balancedness) & (balancedness < rules.min_balancedness)
+    gains |= survive_after & ~survived
     if (moves & ~gains).any():
         violate(f"layers {np.flatnonzero(moves & ~gains).tolist()} move without a gain")
     if planned.same_rank_replicas[moves].any():
@@ -220,6 +226,15 @@ def _judge_plan(
             if (old == new).sum() < kept:
                 violate(f"layer {layer}, rank {rank}: an expert that stays changes its slot")
                 return
+
+
+def _possible_survival(survive: Survival, current: ExpertMap) -> Survival:
+    """What the active ranks have slots for."""
+    try:
+        check_survival(survive, current.num_logical_experts, current.num_physical_experts, current.topology)
+    except ValueError:
+        return "none"
+    return survive
 
 
 class SimulatedTracer:

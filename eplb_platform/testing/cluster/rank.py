@@ -103,10 +103,9 @@ class _Passing(ControlPlane):
 class TaggedModel:
     """The engine's model on one rank, as the balancer gets it."""
 
-    routing_table_width = TABLE_WIDTH
-
     def __init__(self, engine: Engine, rank: int, expert_map: ExpertMap) -> None:
         self.expert_map = expert_map
+        self.routing_table_width = max(TABLE_WIDTH, engine.scenario.num_redundant + 1)
         self.expert_weights: Sequence[Sequence[torch.Tensor]] = engine.weights.of_rank(rank)
         self._engine = engine
         self._rank = rank
@@ -125,7 +124,7 @@ class TaggedModel:
         count: NDArray[np.int32],
     ) -> None:
         """Each entry in use must be a slot that holds the expert; the shape never changes."""
-        if logical_to_physical.shape[2] != TABLE_WIDTH:
+        if logical_to_physical.shape[2] != self.routing_table_width:
             self._engine.violate(f"rank {self._rank}: a table of width {logical_to_physical.shape[2]}")
         held = expert_map.physical_to_logical[list(layers)]
         in_use = np.arange(logical_to_physical.shape[2]) < count[..., None]
@@ -532,6 +531,7 @@ class SimulatedRank:
             1,
             self.config.transfer_timeout_s,
             min_balancedness=self.config.min_balancedness,
+            survive=self.config.survive,
         )
 
     def _the_migrator(self) -> Migrator:

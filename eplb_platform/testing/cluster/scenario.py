@@ -165,6 +165,8 @@ def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
         quiet_step=quiet,
     )
     scenario = _with_faults(scenario, draw)
+    if scenario.real_planner and slots > 1 and draw.random() < 0.5:
+        scenario = _surviving(scenario, draw)
     return _with_resizes(scenario, draw) if seed % 5 in RESIZING else scenario
 
 
@@ -194,6 +196,13 @@ def _with_faults(scenario: Scenario, draw: random.Random) -> Scenario:
     return replace(scenario, faults=tuple(faults))
 
 
+def _surviving(scenario: Scenario, draw: random.Random) -> Scenario:
+    """Room for two replicas of each expert, on two ranks or nodes."""
+    config = scenario.config.model_copy(update={"survive": draw.choice(("rank", "node"))})
+    half = -(-scenario.num_ranks * scenario.slots_per_rank // 2)
+    return replace(scenario, config=config, num_redundant=max(scenario.num_redundant, half))
+
+
 def _with_resizes(scenario: Scenario, draw: random.Random) -> Scenario:
     """Ranks come and go in between."""
     if scenario.different_config or scenario.odd_deploys or scenario.num_ranks == 1:
@@ -221,7 +230,7 @@ def _room_to_leave(scenario: Scenario, draw: random.Random) -> int:
     slots, ranks, luck = scenario.slots_per_rank, scenario.num_ranks, draw.random()
     if luck < 0.4:
         return scenario.num_redundant
-    if luck < 0.5 and not scenario.weighted:
+    if luck < 0.5:
         return slots * (ranks - 1)
     return slots * draw.randint(1, ranks // 2)
 
