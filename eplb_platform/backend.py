@@ -10,7 +10,7 @@ Threads: *forward* is the thread that runs the model, *background* the one that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -357,9 +357,17 @@ class BackendReport:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def discover_backends() -> list[BackendReport]:
-    """A report on every installed backend, by name. Nothing that a backend does wrong is raised."""
-    return [_examine(name, offers)[0] for name, offers in _installed().items()]
+def discover_backends(on_examine: Callable[[str], None] | None = None) -> list[BackendReport]:
+    """A report on every installed backend, by name. Nothing that a backend does wrong is raised.
+
+    on_examine: called with a name before that backend is imported and asked
+    """
+    reports = []
+    for name, offers in _installed().items():
+        if on_examine is not None:
+            on_examine(name)
+        reports.append(_examine(name, offers)[0])
+    return reports
 
 
 def load_backend(name: str = "auto", *, device_type: str | None = None, **options: object) -> Backend:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -15,6 +17,7 @@ import torch
 
 import eplb_platform
 from eplb_platform.backend import BackendError
+from eplb_platform.cli import listing
 
 TOY = """
     from eplb_backends.cpu import CpuBackend
@@ -211,6 +214,23 @@ def test_the_command_prints_one_list_whatever_vendors_print(tmp_path: Path) -> N
     assert all(report.keys() == keys for report in reports.values())
     assert reports["loud"]["usable"] and reports["cpu"]["usable"]
     assert reports["typed"]["versions"] == {"toy": "3", "driver": "None"}
+
+
+def test_a_backend_that_takes_long_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def discover(on_examine: Callable[[str], None]) -> list[object]:
+        for name, takes_s in (("quick", 0.0), ("hanging", 0.5), ("last", 0.0)):
+            on_examine(name)
+            time.sleep(takes_s)
+        return []
+
+    monkeypatch.setattr(eplb_platform.backend, "discover_backends", discover)
+    monkeypatch.setattr(listing, "_SLOW_S", 0.1)
+    assert listing.examine_backends() == []
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == "backend 'hanging' is still being imported after 0.1 s\n"
 
 
 def test_loading_by_name_imports_no_other_backend(tmp_path: Path) -> None:
