@@ -120,6 +120,13 @@ MUTATIONS = (
         first_tried=337,
     ),
     Mutation(
+        STALL,
+        f"{RUNTIME}.bounded_planner",
+        "await self._clock.until(lambda: question.is_over, left)",
+        "await self._clock.until(lambda: question.is_over)",
+        first_tried=97,
+    ),
+    Mutation(
         RECORDING,
         f"{RUNTIME}.cycle",
         "        if self._rules.moves_experts and planned != self._map:",
