@@ -169,3 +169,16 @@ def test_the_command_replays_a_seed() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "commit 0 after pass" in shown
     assert "wrong tokens: 0" in shown
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (FaultPlan("rank ded", 0, 3), "fault 'rank ded': unknown, meant 'rank dead'"),
+        (FaultPlan("rank frozen", 8, 3), r"rank frozen \(rank 8, .*\): expected a rank from 0 to 7"),
+        (FaultPlan("ranks leave", 0, 3), "expected resizes=True"),
+    ],
+)
+def test_a_fault_that_cannot_come_is_refused(fault: FaultPlan, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        replace(CALM, faults=(fault,))

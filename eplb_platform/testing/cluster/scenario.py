@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 from eplb_platform.config import EplbConfig
 from eplb_platform.runtime.cycle import Stage
@@ -47,6 +48,8 @@ RESIZING = (2, 4)
 MEETINGS = ("invalidate", "drain", "a rank misses a meeting", "ranks mean different meetings")
 LAST_FAULTS = ("rank dead", "shutdown", "planner never answers")
 """At most one in a run, and nothing has to be well after it."""
+
+ALL_FAULTS = (*PLANNER_FAULTS, *RANK_FAULTS, *ENGINE_FAULTS, *LAST_FAULTS, *RESIZES, *RESIZE_DEATHS)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,17 @@ class Scenario:
     """The model takes unequal shares."""
     quiet_step: int = 50
     """The pass from which nothing goes wrong any more."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a fault that cannot come in this scenario."""
+        for fault in self.faults:
+            if fault.kind not in ALL_FAULTS:
+                near = get_close_matches(fault.kind, ALL_FAULTS, 1)
+                raise ValueError(f"fault {fault.kind!r}: unknown" + (f", meant {near[0]!r}?" if near else ""))
+            if not 0 <= fault.rank < self.num_ranks:
+                raise ValueError(f"{fault}: expected a rank from 0 to {self.num_ranks - 1}")
+            if fault.kind in (*RESIZES, *RESIZE_DEATHS) and not self.resizes:
+                raise ValueError(f"{fault}: expected resizes=True")
 
     @property
     def num_logical(self) -> int:
