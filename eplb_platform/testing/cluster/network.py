@@ -207,6 +207,7 @@ class SimulatedGroup(Group):
         return self.is_device_group and self._migrator is not None
 
     def open_exchange(self, epoch: int) -> None:
+        self._check_open()  # of ranks that went on without this one
         self._check_boundary(f"open {epoch}")
 
     async def prepare(self, chunk: Chunk) -> None:
