@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed import TCPStore
 
+from eplb_platform import EplbConfig, load_backend
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.runtime import start_balancer
 from eplb_platform.runtime.bounded_planner import BoundedPlanner
 from eplb_platform.runtime.gate import ForwardGate
 from eplb_platform.runtime.planning import PlannerTimeout
@@ -76,3 +81,31 @@ def test_an_answer_is_there_at_once_and_an_error_is_raised_as_it_is() -> None:
     with pytest.raises(ArithmeticError, match="no plan"):
         run_blocking(bounded(Wrong(), 60.0).plan(LOAD, CURRENT))
     assert time.monotonic() - started < 30
+
+
+class OneLayer:
+    expert_weights: ClassVar = [[torch.arange(4.0).reshape(4, 1)]]
+    expert_map = ExpertMap.initial(1, 4, Topology(1))
+
+    def apply_map(self, layers: object, expert_map: ExpertMap) -> None:
+        pass
+
+
+def test_an_engine_drains_and_closes_beside_a_planner_that_never_answers() -> None:
+    config = EplbConfig(
+        dynamic_eplb=True, expert_heat_collection_interval=2, algorithm_execution_interval=0,
+        transfer_timeout_s=0.4,
+    )  # fmt: skip
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    slow = Slow()
+    balancer = start_balancer(config, OneLayer(), load_backend("cpu"), store, 0, planner=slow)
+    for _ in range(2):
+        balancer.step(np.ones((1, 4), dtype=np.int64))
+    deadline = time.monotonic() + 10
+    while not slow.asked and time.monotonic() < deadline:
+        time.sleep(0.01)
+    balancer.drain()
+    assert balancer.state == "idle"
+    assert "PlannerTimeout: Slow gave no plan" in balancer.stats.last_error
+    balancer.close()
+    slow.may_answer.set()
