@@ -133,6 +133,8 @@ class _Simulation:
         if self.engine.membership is not None:
             self.engine.membership.restart = self.restart_soon
             self.engine.membership.loads_experts = self.random.random() < 0.6
+        self._is_between_passes = False
+        """Whether a fault comes where some ranks may have ended the pass already."""
         self.is_permanent = False
         """Whether something came after which no cycle has to succeed."""
         self.recovered: bool | None = None
@@ -247,6 +249,7 @@ class _Simulation:
 
     def _strike(self, fault: FaultPlan) -> None:
         self.engine.trace.add(self.scheduler.now, f"comes: {fault}")
+        self._is_between_passes = fault.stage is not None
         if fault.kind in _RESIZES:
             _RESIZES[fault.kind](self, self.ranks[fault.rank], fault.kind)
             return
@@ -280,7 +283,7 @@ class _Simulation:
                 if is_odd and kind == "ranks mean different meetings"
                 else purpose
             )
-            step = self.engine.step + (is_odd and kind == "a rank misses a meeting")
+            step = self.engine.step + self._is_between_passes + (is_odd and kind == "a rank misses a meeting")
             call = self._invalidating(rank, loaded) if mine == "invalidate" else rank.balancer.draining
             rank.calls.setdefault(step, []).append(partial(rank.meet, call, may_fail=may_fail))
 
