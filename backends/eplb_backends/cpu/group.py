@@ -95,6 +95,8 @@ class GlooGroup:
                 missing = [
                     rank for rank, key in keys.items() if not self._attempt(purpose, self._store.check, [key])
                 ]
+                if not missing:  # the last one came since
+                    return
                 self.close()
                 raise GroupError(
                     f"rank {self._rank}: {purpose}: no sign of ranks {missing} within {timeout_s} s"
