@@ -11,6 +11,8 @@ from operator import index
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_RANKS = 1 << 16
+
 
 @dataclass(frozen=True, init=False)
 class Topology:
@@ -20,8 +22,8 @@ class Topology:
     num_nodes: nodes, each holding a run of neighbouring ranks; num_ranks need not be a multiple of it
     active_ranks: the ranks that take tokens, ascending; given in any order, None means all
 
-    Raises ValueError for a count below 1, more nodes than ranks, no active rank, and an active rank that
-    is unknown or given twice.
+    Raises ValueError for a count below 1, more ranks than `MOST_RANKS`, more nodes than ranks, no active
+    rank, and an active rank that is unknown or given twice.
     """
 
     num_ranks: int
@@ -30,6 +32,8 @@ class Topology:
 
     def __init__(self, num_ranks: int, num_nodes: int = 1, active_ranks: Iterable[int] | None = None) -> None:
         ranks, nodes = _count("num_ranks", num_ranks), _count("num_nodes", num_nodes)
+        if ranks > MOST_RANKS:
+            raise ValueError(f"num_ranks is {ranks}, expected at most {MOST_RANKS}")
         if nodes > ranks:
             raise ValueError(f"num_nodes is {nodes}, expected at most num_ranks ({ranks}): a node has a rank")
         active = range(ranks) if active_ranks is None else active_ranks

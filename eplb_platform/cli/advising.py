@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,12 +57,10 @@ class Outcome:
         """The table, the reasons, and what to paste, for people."""
         advice = self.advice
         table = right_aligned(
-            "ranks", "slots", "redundant", "placement", "GB", "balanced", "step ms", "tokens/s", ""
+            "ranks", "slots", "redundant", "placement", "GB", "balanced", "step ms", "tokens/s"
         )
         for choice in advice.choices:
-            table.add_row(
-                "*" if choice.on_front else "", *_cells(choice), "<-" if choice is advice.chosen else ""
-            )
+            table.add_row(_mark(choice, is_chosen=choice is advice.chosen), *_cells(choice))
         plain_lines(
             console,
             f"{self.request.trace}: planned on {advice.num_planned_steps} steps, judged on the rest, for "
@@ -70,8 +69,9 @@ class Outcome:
         console.print(table)
         plain_lines(
             console,
-            "*: no other has less memory, better balance and a shorter step. GB, tokens/s: of a rank.",
-            "balanced: mean / max rank load of a step. Estimates, by the formulae in docs/offline.md.",
+            "->: advised. *: no other has less memory, better balance and a shorter step.",
+            "GB, tokens/s: of a rank. balanced: mean / max rank load of a step. Estimates, by the",
+            "formulae in docs/offline.md.",
             "",
             *(f"- {reason}" for reason in advice.reasons()),
             "",
@@ -164,6 +164,8 @@ def run(request: Request, progress: Callable[[str, int, int], None]) -> Outcome:
     try:
         trace = read_trace(request.trace)
         profile = request.deployment.profile(trace)
+        if request.memory_gb is not None and not math.isfinite(request.memory_gb):
+            raise BadInput(f"--memory {request.memory_gb:g}: expected a number of GB")
         memory = profile.device.memory_gb * MEMORY_PART if request.memory_gb is None else request.memory_gb
         question = Question(
             profile,
@@ -190,6 +192,10 @@ def _sizes(texts: Sequence[str]) -> list[int]:
         if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1 << 16):
             raise BadInput(f"--ep-size {text}: expected numbers of ranks, as 16,32")
     return sorted({int(text) for text in texts})
+
+
+def _mark(choice: Choice, *, is_chosen: bool) -> str:
+    return ("-> " if is_chosen else "   ") + ("*" if choice.on_front else "")
 
 
 def _cells(choice: Choice) -> list[str]:

@@ -15,6 +15,11 @@ import typer
 
 from eplb_platform.cli import BAD_INPUT
 
+# Beyond any deployment, and far below what fills the memory.
+MOST_RANKS = 1 << 16
+MOST_SLOTS = 1 << 20
+MOST_DENSE_LAYERS = 1000
+
 application = typer.Typer(
     name="eplb",
     add_completion=False,
@@ -31,7 +36,8 @@ IterRange = Annotated[
 ]
 Trace = Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")]
 EpSize = Annotated[
-    int | None, typer.Option(min=1, help="The number of ranks.", show_default="what the record says")
+    int | None,
+    typer.Option(min=1, max=MOST_RANKS, help="The number of ranks.", show_default="what the record says"),
 ]
 NumNodes = Annotated[
     int | None,
@@ -130,7 +136,11 @@ def validate(
     ranks: Annotated[
         int | None,
         typer.Option(
-            "--ranks", "--ep-size", min=1, help="The ranks it must be for; only vllm-ascend's maps say it."
+            "--ranks",
+            "--ep-size",
+            min=1,
+            max=MOST_RANKS,
+            help="The ranks it must be for; only vllm-ascend's maps say it.",
         ),
     ] = None,
     experts: Annotated[
@@ -175,12 +185,14 @@ def plan(
         ),
     ],
     ep_size: Annotated[
-        int | None, typer.Option(min=1, help="The number of ranks.", show_default="that of --current")
+        int | None,
+        typer.Option(min=1, max=MOST_RANKS, help="The number of ranks.", show_default="that of --current"),
     ] = None,
     num_slots: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=MOST_SLOTS,
             help="Physical experts of all ranks: experts + redundant ones, a multiple of --ep-size.",
             show_default="those of --current",
         ),
@@ -265,6 +277,7 @@ def report(
         int | None,
         typer.Option(
             min=1,
+            max=MOST_RANKS,
             help="The number of ranks: of maps that do not say it, and of the run if its record does not.",
         ),
     ] = None,
@@ -333,13 +346,17 @@ def convert(
         typer.Option("--from", metavar="FORMAT", help="As --to.", show_default="what INPUT looks like"),
     ] = None,
     ep_size: Annotated[
-        int | None, typer.Option(min=1, help="The number of ranks, which only vllm-ascend's maps say.")
+        int | None,
+        typer.Option(min=1, max=MOST_RANKS, help="The number of ranks, which only vllm-ascend's maps say."),
     ] = None,
     experts: Annotated[
         int | None, typer.Option(min=1, help="Logical experts in a layer.", show_default="the largest id + 1")
     ] = None,
     first_moe_layer: Annotated[
-        int | None, typer.Option(min=0, help="Dense layers before the first with experts (DeepSeek-V3: 3).")
+        int | None,
+        typer.Option(
+            min=0, max=MOST_DENSE_LAYERS, help="Dense layers before the first with experts (DeepSeek-V3: 3)."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -370,7 +387,8 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="MAP", help="The map to compare it with.")],
     trace: Trace,
     ep_size: Annotated[
-        int | None, typer.Option(min=1, help="The number of ranks, for maps that do not say it.")
+        int | None,
+        typer.Option(min=1, max=MOST_RANKS, help="The number of ranks, for maps that do not say it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -405,6 +423,7 @@ def simulate(
         int | None,
         typer.Option(
             min=0,
+            max=MOST_SLOTS,
             help="Slots beyond one for each expert, of all ranks.",
             show_default="the fewest that ranks can share evenly",
         ),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.cli.files import (
     MAP_FORMAT_OF_SUFFIX,
+    check_output,
     format_name,
     identified,
     read_map,
@@ -70,6 +73,7 @@ def convert(request: Request) -> Outcome:
     try:
         kind, source_format = identified(request.source, format_name(request.source_format))
         output_format = _output_format(request, kind)
+        check_output(request.output, [request.source])
         if kind == formats.MAP:
             return _convert_map(request, source_format, output_format)
         return _convert_trace(request, source_format, output_format)
@@ -128,6 +132,27 @@ def _convert_map(request: Request, source_format: str, output_format: str) -> Ou
     return Outcome(request, "map", source_format, output_format, summary, tuple(notes))
 
 
+def _lost_in_a_dump(trace: LoadTrace) -> list[str]:
+    """What does not come back from SGLang's dump, where nothing tells no tokens from nothing recorded."""
+    step_has_tokens = np.zeros(trace.num_steps, dtype=np.bool_)
+    layer_has_tokens = np.zeros(trace.num_layers, dtype=np.bool_)
+    for step, load in enumerate(trace.expert_load):
+        of_layer = load.any(axis=1)
+        step_has_tokens[step] = of_layer.any()
+        layer_has_tokens |= of_layer
+    if not step_has_tokens.any():
+        raise BadInput("no token in any step, which a dump of SGLang cannot hold")
+    idle, leading = int((~step_has_tokens).sum()), int(layer_has_tokens.argmax())
+    notes = []
+    if idle:
+        notes.append(f"{idle} steps have no tokens: whoever reads the dump leaves them out")
+    if leading:
+        notes.append(
+            f"the first {leading} layers have no tokens: whoever reads the dump takes them for dense"
+        )
+    return notes
+
+
 def _convert_trace(request: Request, source_format: str, output_format: str) -> Outcome:
     trace = read_trace(request.source, source_format)
     notes = []
@@ -140,6 +165,7 @@ def _convert_trace(request: Request, source_format: str, output_format: str) -> 
             notes.append("num_experts_per_token is not known: meta_info.json says 1")
         tensorrt_llm_statistics.write(request.output, trace, ep_size=request.ep_size)
     elif output_format == "sglang":
+        notes += _lost_in_a_dump(trace)
         sglang_recorder.write(request.output, trace)
     else:
         load_trace.write(request.output, trace)

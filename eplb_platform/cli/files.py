@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from eplb_platform.cli import BadInput
@@ -115,6 +116,17 @@ def write_map(path: Path, expert_map: ExpertMap, format: str, first_moe_layer: i
         vllm_map.write(path, expert_map)
     else:
         expert_map_json.write(path, expert_map)
+
+
+def check_output(output: Path | None, inputs: Iterable[Path]) -> None:
+    """Raise BadInput where writing `output` would destroy one of the files or folders that are read."""
+    if output is None or not output.exists():
+        return
+    place = output.resolve()
+    for path in inputs:
+        given = path.resolve()
+        if place == given or given in place.parents or (path.is_file() and output.samefile(path)):
+            raise BadInput(f"{output}: would replace the input {path}, expected another file")
 
 
 def iterations(text: str | None) -> range | None:

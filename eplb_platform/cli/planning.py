@@ -19,7 +19,7 @@ from eplb_platform.algorithms.survival import Survival
 from eplb_platform.algorithms.survival import warm_up as warm_up_survival
 from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput, bad_input
-from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, iterations, serving_line, write_map
+from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, check_output, iterations, serving_line, write_map
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.offline.report import metadata_number
@@ -137,6 +137,9 @@ class Outcome:
 def make_plan(request: Request) -> Outcome:
     """Plan and write the map. Raises BadInput for what cannot be read, planned or written."""
     try:
+        check_output(
+            request.output, [*request.traces, *([request.compute_cost] if request.compute_cost else [])]
+        )
         traces = [(path, read_trace(path)) for path in request.traces]
         load = _windows(request, traces)
         current, topology = _current(request, load.shape[2])

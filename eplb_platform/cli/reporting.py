@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.cli import BadInput, bad_input
-from eplb_platform.cli.files import iterations, read_map, read_trace
+from eplb_platform.cli.files import check_output, iterations, read_map, read_trace
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.offline.report import LayoutReport, RankStatistics, Report, make_report, metadata_number
 from eplb_platform.offline.report_page import page
@@ -122,6 +122,10 @@ class Outcome:
 def make(request: Request) -> Outcome:
     """Read, project, and write the page and the picture. Raises BadInput."""
     try:
+        for written in (request.html, request.plot):
+            check_output(written, [request.trace, *request.maps])
+        if request.html and request.plot and request.html.resolve() == request.plot.resolve():
+            raise BadInput(f"--html and --plot are both {request.html}, expected two files")
         trace = read_trace(request.trace)
         layouts = _layouts(request, trace)
         report = make_report(trace, layouts, iterations=iterations(request.iter_range))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from rich.table import Table
 from eplb_platform.algorithms import AlgorithmError
 from eplb_platform.cli import BadInput, bad_input
 from eplb_platform.cli.estimating import Deployment, configuration, fewest_redundant
-from eplb_platform.cli.files import iterations, read_map, read_trace
+from eplb_platform.cli.files import check_output, iterations, read_map, read_trace
 from eplb_platform.cli.tables import plain_lines, right_aligned
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
@@ -61,6 +62,13 @@ class Outcome:
         if any(result.planning_s for result in self.results):
             console.print(self._moved_table())
         for result in self.results:
+            if result.planning_s and not result.cycles and not result.failed_cycles:
+                plain_lines(
+                    console,
+                    f"{result.name}: no cycle was completed in the {result.step_s.sum():.2g} s of the "
+                    f"steps, of which a plan takes {self.setting.planning_s:g} s (--planning-time): a longer "
+                    "trace is needed",
+                )
             if result.failed_cycles:
                 plain_lines(
                     console, f"{result.name}: {result.failed_cycles} cycles failed: {result.last_error}"
@@ -170,6 +178,9 @@ class Outcome:
 def run(request: Request, progress: Callable[[int, int], None]) -> Outcome:
     """Simulate, and draw the picture. Raises BadInput."""
     try:
+        check_output(request.plot, [request.trace, *request.maps, Path(request.deployment.hardware)])
+        if not math.isfinite(request.planning_time_s):
+            raise BadInput(f"--planning-time {request.planning_time_s:g}: expected seconds")
         trace = read_trace(request.trace)
         steps = steps_of(trace, iterations(request.iter_range))
         setting = _setting(request, trace, len(steps))

@@ -78,6 +78,11 @@ class Choice:
     tokens_per_s: float
     on_front: bool = False
 
+    def beats(self, other: Choice) -> bool:
+        """Whether it is nowhere worse in memory, balance and step time, and somewhere better."""
+        mine, theirs = ((each.memory_gb, -each.balancedness, each.step_s) for each in (self, other))
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
 
 @dataclass(frozen=True, eq=False)
 class Advice:
@@ -137,6 +142,16 @@ class Advice:
         return (
             f"EP size {ranks}: the {aim} of {', '.join(map(str, sizes))}, at {chosen.step_s * 1e3:.2f} ms "
             f"a step and {chosen.tokens_per_s:,.0f} tokens/s of each rank."
+            f"{'' if chosen.on_front else self._why_not_on_front()}"
+        )
+
+    def _why_not_on_front(self) -> str:
+        chosen = self.chosen
+        other = next(choice for choice in self.choices if choice.on_front and choice.beats(chosen))
+        return (
+            f" Others beat it in memory, balance and step time, as EP size {other.topology.num_ranks} with "
+            f"{other.redundant_experts} redundant experts, which has {other.tokens_per_s:,.0f} tokens/s of "
+            "each rank."
         )
 
     def _why_redundant(self) -> str:
@@ -174,6 +189,11 @@ class Advice:
         gain = self.gain_of_balancing
         if not self.dynamic:
             return f"Static: {self.num_simulated_steps} steps are too few to simulate balancing on."
+        if not any(result.cycles for result in self.dynamic.values()):
+            return (
+                f"Static: the {self.num_simulated_steps} steps that balancing was simulated on take "
+                f"{self.static.step_s.sum():.2g} s, in which no cycle was completed: record more of them."
+            )
         if self.interval is None:
             return (
                 f"Static: balancing while serving changes throughput by {gain:+.1%} over a map planned on "
@@ -297,7 +317,7 @@ def _shapes(trace: LoadTrace, question: Question) -> Iterable[tuple[Topology, in
     def fits(slots: int) -> bool:
         return expert_memory_gb(profile, trace.num_layers, slots) <= question.memory_gb
 
-    asked = question.ep_sizes or [size for size in EP_SIZES if size <= experts]
+    asked = question.ep_sizes or [size for size in EP_SIZES if size <= experts] or [experts]
     sizes = [size for size in asked if fits(-(-experts // size))]
     if not sizes:
         size = max(asked, default=1)
@@ -352,15 +372,8 @@ def _judge(
 
 
 def _with_front(choices: Sequence[Choice]) -> list[Choice]:
-    def measures(choice: Choice) -> tuple[float, float, float]:
-        return choice.memory_gb, -choice.balancedness, choice.step_s
-
     def is_beaten(choice: Choice) -> bool:
-        mine = measures(choice)
-        return any(
-            theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True))
-            for theirs in map(measures, choices)
-        )
+        return any(other.beats(choice) for other in choices)
 
     return [replace(choice, on_front=not is_beaten(choice)) for choice in choices]
 

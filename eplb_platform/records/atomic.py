@@ -42,9 +42,11 @@ def write_atomically(
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+            error.filename, error.filename2 = os.fspath(path), None  # nobody asked for the temporary one
         raise
     if durable:
         _sync_folder(target.parent)
