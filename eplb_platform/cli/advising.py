@@ -111,6 +111,8 @@ class Outcome:
                 "plan": self.plan_command(),
                 "vllm": self.vllm_command(),
                 "vllm_ascend": self.ascend_command(),
+                "sglang": self.sglang_flags(),
+                "tensorrt_llm": self.tensorrt_llm_configuration(),
             },
         }
 
@@ -142,6 +144,25 @@ class Outcome:
         switch = "" if self.advice.interval is None else "DYNAMIC_EPLB=true "
         return switch + self._serve(config)
 
+    def sglang_flags(self) -> str:
+        """For SGLang: with its own balancer, or with the map that `eplb plan -o map.pt` makes."""
+        chosen, interval = self.advice.chosen, self.advice.interval
+        redundant = f"--ep-num-redundant-experts {chosen.redundant_experts}"
+        how = (
+            "--init-expert-location map.pt"
+            if interval is None
+            else f"--enable-eplb --eplb-rebalance-num-iterations {interval}"
+        )
+        return f"--ep-size {chosen.topology.num_ranks} {redundant} {how}"
+
+    def tensorrt_llm_configuration(self) -> str:
+        """For TensorRT-LLM: with its own balancer, or with the map that `eplb plan -o map.yaml` makes."""
+        ranks = self.advice.chosen.topology.num_ranks
+        slots = self.advice.chosen.slots_per_rank * ranks
+        own = f"{{num_slots: {slots}, layer_updates_per_iter: 1}}"
+        balancer = "map.yaml" if self.advice.interval is None else own
+        return f"moe_expert_parallel_size: {ranks}, moe_config: {{load_balancer: {balancer}}}"
+
     def _serve(self, config: dict[str, object]) -> str:
         text = json.dumps({"eplb_config": config})
         ranks = self.advice.chosen.topology.num_ranks
@@ -149,6 +170,8 @@ class Outcome:
         return f"{command} --additional-config {shlex.quote(text)}"
 
     def _commands(self) -> list[str]:
+        if self.advice.chosen.topology.num_ranks == 1:
+            return ["One rank has nothing to balance: serve without a balancer."]
         plan = self.plan_command()
         return [
             *(("The map:", f"  {plan}") if plan else ()),
@@ -156,6 +179,10 @@ class Outcome:
             f"  {self.vllm_command()}",
             "vllm-ascend, with its own balancer:",
             f"  {self.ascend_command()}",
+            f"SGLang, {'with -o map.pt' if plan else 'with its own balancer'}:",
+            f"  {self.sglang_flags()}",
+            f"TensorRT-LLM's configuration file, {'with -o map.yaml' if plan else 'with its own balancer'}:",
+            f"  {self.tensorrt_llm_configuration()}",
         ]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from eplb_platform.balance import moved_experts
 from eplb_platform.cli import bad_input
-from eplb_platform.cli.files import read_map, read_trace
+from eplb_platform.cli.files import fitting, read_map, read_trace
 from eplb_platform.offline.report import Report, make_report
 from eplb_platform.records.fault import RecordError
 from eplb_platform.topology import Topology
@@ -93,7 +93,7 @@ def compare(first: Path, second: Path, load: Path, ep_size: int | None) -> Outco
         maps = [
             read_map(
                 path,
-                topology=topology,
+                topology=fitting(path, topology),
                 num_logical_experts=trace.num_logical_experts,
                 num_layers=trace.num_layers,
             )

@@ -68,6 +68,13 @@ def identified(path: Path, format: str | None) -> tuple[str, str]:
     return kind, format
 
 
+def fitting(path: Path, topology: Topology | None) -> Topology | None:
+    """What a map's file is read with: --ep-size is for those that do not say theirs."""
+    if topology is None or path.suffix.lower() != ".json":
+        return topology
+    return None if formats.detect(path)[1] == "vllm_ascend" else topology
+
+
 def read_map(
     path: Path,
     *,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.cli import BadInput, bad_input
-from eplb_platform.cli.files import check_output, iterations, read_map, read_trace
+from eplb_platform.cli.files import check_output, fitting, iterations, read_map, read_trace
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.offline.report import LayoutReport, RankStatistics, Report, make_report, metadata_number
 from eplb_platform.offline.report_page import page
@@ -152,7 +152,7 @@ def _layouts(request: Request, trace: LoadTrace) -> Mapping[str, ExpertMap]:
     maps = {
         str(path): read_map(
             path,
-            topology=_fitting(path, topology),
+            topology=fitting(path, topology),
             num_logical_experts=trace.num_logical_experts,
             num_layers=trace.num_layers,
         )
@@ -160,15 +160,6 @@ def _layouts(request: Request, trace: LoadTrace) -> Mapping[str, ExpertMap]:
     }
     initial = _initial(request, trace, next(iter(maps.values()), None))
     return maps if initial is None else {INITIAL: initial, **maps}
-
-
-def _fitting(path: Path, topology: Topology | None) -> Topology | None:
-    """What a map's file is read with: --ep-size is for those that do not say theirs."""
-    if topology is None or path.suffix.lower() != ".json":
-        return topology
-    from eplb_platform.records.formats import detect
-
-    return None if detect(path)[1] == "vllm_ascend" else topology
 
 
 def _initial(request: Request, trace: LoadTrace, planned: ExpertMap | None) -> ExpertMap | None:

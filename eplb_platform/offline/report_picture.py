@@ -42,6 +42,8 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
             label=f"{layout.name}: {average:.3f}",
         )
     below.set(xlabel="layer", ylabel="mean / max rank load", ylim=(0, 1.02))
+    for axis in (above.yaxis, above.xaxis, below.xaxis):
+        axis.get_major_locator().set_params(integer=True)
     below.set_title("Balancedness, 1 is perfect", loc="left")
     if report.layouts:
         below.legend(loc="lower right")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eplb_platform.cli import run
+from eplb_platform.cli import advising, run
 from eplb_platform.records import load_trace
 from eplb_platform.records.atomic import write_atomically
 from eplb_platform.records.formats import read_trace
@@ -156,3 +157,49 @@ def test_an_advised_choice_that_others_beat_is_explained(
     found = json.loads(capsys.readouterr().out)
     (chosen,) = [choice for choice in found["choices"] if choice["chosen"]]
     assert not chosen["on_pareto_front"] and "Others beat it in memory" in found["reasons"][0]
+
+
+def test_what_other_engines_are_told_fits_the_map(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["advise", "load.safetensors", "--ep-size", "4"]
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    commands = json.loads(capsys.readouterr().out)["commands"]
+    assert run(arguments) == 0
+    said = capsys.readouterr().out
+    assert commands["sglang"] in said and commands["tensorrt_llm"] in said
+    plan = commands["plan"].split()[1:]
+    for output, place in (("map.pt", "sglang"), ("map.yaml", "tensorrt_llm")):
+        assert run([*plan[:-1], output]) == 0
+        told = capsys.readouterr().out.splitlines()[-1]
+        assert commands[place] in told
+
+
+def test_other_engines_balance_as_often_as_is_advised(folder: Path) -> None:
+    outcome = advising.run(advising.Request(Path("load.safetensors"), ep_sizes=("4",)), lambda *_: None)
+    dynamic = replace(outcome, advice=replace(outcome.advice, interval=300))
+    redundant = outcome.advice.chosen.redundant_experts
+    assert dynamic.sglang_flags() == (
+        f"--ep-size 4 --ep-num-redundant-experts {redundant} "
+        "--enable-eplb --eplb-rebalance-num-iterations 300"
+    )
+    assert f"{{num_slots: {EXPERTS + redundant}, layer_updates_per_iter: 1}}" in (
+        dynamic.tensorrt_llm_configuration()
+    )
+
+
+def test_one_rank_has_nothing_to_deploy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["advise", "load.safetensors", "--ep-size", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "One rank has nothing to balance" in said and "--additional-config" not in said
+
+
+def test_maps_that_say_their_ranks_are_compared_with_those_that_do_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["plan", "load.safetensors", "--ep-size", "2", "--num-slots", "8", "-o", "two.yaml"]
+    assert run(plan) == 0
+    capsys.readouterr()
+    assert run(["compare", "map.json", "two.yaml", "load.safetensors", "--ep-size", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "map.json, 4 ranks of 2 slots" in said and "two.yaml, 2 ranks of 4 slots" in said
