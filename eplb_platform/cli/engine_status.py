@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,13 @@ from eplb_platform.cli import BadInput
 MAX_BYTES = 1 << 24
 TIMEOUT_S = 10.0
 
-_SAMPLE = re.compile(r"eplb_(?P<name>\w+?)(?:_total)?\{(?P<labels>[^{}]*)\} (?P<value>[^ ]+)(?: \d+)?")
-_LABEL = re.compile(r'(?P<key>\w+)="(?P<value>(?:[^"\\]|\\.)*)"')
+# Possessive: what does not match costs no more than its length, whatever an endpoint sends.
+_QUOTED = r'"(?P<value>(?:[^"\\]|\\.)*+)"'
+_LABEL = re.compile(rf"(?P<key>\w++)={_QUOTED}")
+_LABELS = rf"(?:\w++={_QUOTED.replace('?P<value>', '?:')},?+)*+"
+_SAMPLE = re.compile(
+    rf"eplb_(?P<name>\w+?)(?:_total)?\{{(?P<labels>{_LABELS})\}} (?P<value>[^ ]{{1,64}})(?: \d+)?"
+)
 _STAGES_IN_WORDS = {
     "start": "starting a cycle",
     "rebuild": "rebuilding its group",
@@ -55,7 +61,8 @@ class ModelState:
 
     def by_label(self, name: str, key: str) -> dict[str, float]:
         """Of a metric with the label `key`, by that label's value."""
-        return {dict(labels)[key]: value for labels, value in self.samples.get(name, {}).items()}
+        samples = ((dict(labels), value) for labels, value in self.samples.get(name, {}).items())
+        return {labels[key]: value for labels, value in samples if key in labels}
 
     @property
     def state(self) -> str:
@@ -73,6 +80,8 @@ class ModelState:
         waiting: dict[int, list[int]] = {}
         for labels in self.samples.get("waiting_for_rank", {}):
             names = dict(labels)
+            if not {"rank", "missing_rank"} <= names.keys():
+                continue
             waiting.setdefault(int(names["missing_rank"]), []).append(int(names["rank"]))
         return {rank: sorted(others) for rank, others in sorted(waiting.items())}
 
@@ -172,6 +181,25 @@ def parse(text: str) -> list[ModelState]:
 
 
 def _fetch(address: str) -> str:
+    """As `_read`, given up where an answer comes too slowly: a socket's time-out is for each piece of it."""
+    answers: list[str | Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(_read(address))
+        except Exception as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, name="eplb-status", daemon=True)
+    asking.start()
+    asking.join(1.5 * TIMEOUT_S)
+    answer = answers[0] if answers else BadInput(f"status: {address}: not read within {TIMEOUT_S:g} s")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _read(address: str) -> str:
     from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
@@ -238,5 +266,9 @@ def _span(seconds: float) -> str:
 
 
 def lines(models: Sequence[ModelState]) -> list[str]:
-    """All models, for people; what a model is called never spans lines."""
-    return [" ".join(line.split("\n")) for model in models for line in model.lines()]
+    """All models, for people; what a model is called never spans lines, nor controls a terminal."""
+    return [_printable(line) for model in models for line in model.lines()]
+
+
+def _printable(line: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in line)

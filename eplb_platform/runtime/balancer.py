@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
@@ -128,6 +129,7 @@ class Balancer:
         self._is_paused = False
         self._is_closed = False
         self._wish_to_end = ""
+        self._resize_lock = threading.Lock()
 
     # --- the engine's calls, all on the forward thread ---
 
@@ -276,10 +278,12 @@ class Balancer:
             that get them; returns the parameters as in `expert_weights`. By default the model's own
             `load_expert`, if it has one.
         timeout_s: how long to wait for the other ranks; the transfer time-out by default
-        Raises ValueError for ranks that do not exist. Raises `LostExpertsError`, which names them, for
-            experts that no living rank has and nothing loads, and `ResizeError` when a rank does not come,
-            means something else or fails: the active ranks are then what they were, on every rank, and it may
-            be called again, with other ranks too. Raises `ForwardStopped` when this rank must not serve on.
+        Raises ValueError for no ranks, ranks that do not exist or are given twice, a negative `timeout_s`, a
+            closed balancer, and while another call runs: nothing has happened then. Raises
+            `LostExpertsError`, which names them, for experts that no living rank has and nothing loads, and
+            `ResizeError` when a rank does not come, means something else or fails: the active ranks are then
+            what they were, on every rank, and it may be called again, with other ranks too. Raises
+            `ForwardStopped` when this rank must not serve on.
         """
         run_blocking(self.resizing(active_ranks, dead=dead, load_expert=load_expert, timeout_s=timeout_s))
 
@@ -293,12 +297,16 @@ class Balancer:
     ) -> None:
         """As `resize`."""
         given, link = self._expert_map.topology, self._link
+        if self._is_closed:
+            raise ValueError("resize: this balancer is closed")
+        limit = _limit(timeout_s, self._rules.timeout_s)
         active = Topology(given.num_ranks, given.num_nodes, active_ranks).active_ranks
         gone = None if dead is None else _dead_ranks(dead, active, given.num_ranks)
         if link.gate.failure is not None:
             raise ForwardStopped(f"resize: rank {link.rank}: an earlier commit is undecided: start it anew")
         load = load_expert or getattr(self._model, "load_expert", None)
-        limit = self._rules.timeout_s if timeout_s is None else timeout_s
+        if not self._resize_lock.acquire(blocking=False):
+            raise ValueError("resize: another call of `resize` runs: it is for the forward thread alone")
         self._wish_to_end = "resize was called"
         try:
             verdict = await self._hold_resize(active, gone, load is not None, limit)
@@ -308,6 +316,7 @@ class Balancer:
                 await self._leave(verdict, self._expert_map)
         finally:
             self._wish_to_end = ""
+            self._resize_lock.release()
 
     def close(self) -> None:
         """End the running cycle, stop the background thread and give back the group. Idempotent."""
@@ -670,7 +679,7 @@ class Balancer:
 
     async def _meet(self, purpose: str, content: str, timeout_s: float | None) -> None:
         """All forward threads are here when this returns, and agree on the number of the next cycle."""
-        limit = self._rules.timeout_s if timeout_s is None else timeout_s
+        limit = _limit(timeout_s, self._rules.timeout_s)
         self._wish_to_end = f"{purpose} was called"
         try:
             self._next_cycle = await self._meetings.hold(purpose, content, self._next_cycle, limit)
@@ -733,6 +742,14 @@ class Balancer:
         self._stage, self._waiting = stage, None
         if self._observe_stage is not None:
             self._observe_stage(stage)
+
+
+def _limit(timeout_s: float | None, default_s: float) -> float:
+    if timeout_s is None:
+        return default_s
+    if not timeout_s >= 0:  # NaN would wait for ever
+        raise ValueError(f"timeout_s is {timeout_s:g}, expected a number of at least 0")
+    return timeout_s
 
 
 def _dead_ranks(dead: Iterable[int], active: Sequence[int], num_ranks: int) -> list[int]:

@@ -149,6 +149,7 @@ def serve_faulty(rank: int, num_ranks: int, store: dist.Store, fault: Fault) -> 
         _serve(model, balancer, injector, store, rank, fault, expected, seen)
     except RuntimeError as error:
         seen.error, seen.error_after_s = str(error), time.monotonic() - started
+        dist.destroy_process_group()  # as at the end of its process: others may wait for this rank alone
     finally:
         injector.undo()
         balancer.close()

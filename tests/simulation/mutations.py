@@ -37,6 +37,8 @@ ONE_PLAN = "Every rank executes the same plan"
 COST = "Cost before benefit"
 PLACEMENT = "Replicas never share a rank; what stays keeps its slot"
 RESIZE = "Ranks leave and join on all ranks or on none, before anything is served wrongly"
+MEMORY = "Memory is bounded, and so is what lies in the store"
+PAUSE = "A pause lets nothing move but what is agreed"
 SHAPES = "Shapes and addresses of device tables never change"
 
 MUTATIONS = (
@@ -52,6 +54,13 @@ MUTATIONS = (
         "        self._route(chunk.layers, chunk.map_after, commit.tables)",
         "        self._route(chunk.layers, chunk.map_after, commit.tables) if self._link.rank else None",
         first_tried=2,
+    ),
+    Mutation(
+        WRONG_TOKEN,
+        f"{RUNTIME}.cycle",
+        "        return self._tables.with_layers(chunk.layers, even).with_layers(arrived, aim)",
+        "        return self._tables.with_layers(chunk.layers, aim)",
+        first_tried=66,
     ),
     Mutation(
         WRONG_TOKEN,
@@ -138,6 +147,53 @@ MUTATIONS = (
         "eplb_platform.heat",
         "            self._fold_layers(np.flatnonzero((old.physical_to_logical != new).any(axis=1)))",
         "            pass",
+    ),
+    Mutation(
+        RECORDING,
+        "eplb_platform.heat",
+        "        return self is LoadCollection.ALL or",
+        "        return True or",
+    ),
+    Mutation(
+        RECORDING,
+        f"{RUNTIME}.cycle",
+        "        self._map, self._tables = chunk.map_after, tables",
+        "        self._tables = tables",
+    ),
+    Mutation(
+        RECORDING,
+        f"{RUNTIME}.cycle",
+        "        if self.report.chunks_committed:  #",
+        "        if False:  #",
+        first_tried=21,
+    ),
+    Mutation(
+        RECORDING,
+        f"{RUNTIME}.balancer",
+        "            if action is not None:\n                self._execute(action)\n            if",
+        "            if action is not None:\n                self._link.gate.acted()\n            if",
+        first_tried=62,
+    ),
+    Mutation(
+        MEMORY,
+        "eplb_platform.migration.staging",
+        "            self.slots = min(self.slots, max_bytes // self.expert_bytes)",
+        "            pass",
+        first_tried=35,
+    ),
+    Mutation(
+        MEMORY,
+        f"{RUNTIME}.cycle",
+        "            await link.plane.forget(stale)",
+        "            pass",
+        first_tried=3,
+    ),
+    Mutation(
+        PAUSE,
+        f"{RUNTIME}.balancer",
+        '        return "closing" if self._is_closed else "paused" if self._is_paused else self._wish_to_end',
+        '        return "closing" if self._is_closed else self._wish_to_end',
+        first_tried=177,
     ),
     Mutation(
         STATIC,

@@ -177,6 +177,10 @@ def test_the_command_replays_a_seed() -> None:
         (FaultPlan("rank ded", 0, 3), "fault 'rank ded': unknown, meant 'rank dead'"),
         (FaultPlan("rank frozen", 8, 3), r"rank frozen \(rank 8, .*\): expected a rank from 0 to 7"),
         (FaultPlan("ranks leave", 0, 3), "expected resizes=True"),
+        (FaultPlan("rank frozen", 0, 0), "expected a pass from 1 to quiet_step - 1, 23"),
+        (FaultPlan("rank frozen", 0, 24), "expected a pass from 1"),
+        (FaultPlan("rank frozen", 0, 3, "ftech"), "expected a stage of start, rebuild"),
+        (FaultPlan("exception in a stage", 0, 3), "expected a stage$"),
     ],
 )
 def test_a_fault_that_cannot_come_is_refused(fault: FaultPlan, expected: str) -> None:

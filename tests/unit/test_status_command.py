@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -26,10 +28,12 @@ def metrics(*snapshots: dict[str, object]) -> bytes:
 
 
 @contextmanager
-def serving(content: bytes, code: int = 200) -> Iterator[str]:
+def serving(content: bytes, code: int = 200, location: str = "") -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(code)
+            if location:
+                self.send_header("Location", location)
             self.end_headers()
             with suppress(OSError):  # the reader has had enough
                 self.wfile.write(content)
@@ -98,6 +102,44 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
         assert "no metrics of a balancer" in refused(capsys, address)
     with serving(b"no", code=500) as address:
         assert "500" in refused(capsys, address)
+
+
+def test_an_endpoint_that_lies_harms_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels without an end, metrics without their labels, and names that would control a terminal."""
+    endless = b"eplb_state{" + b"a" * (1 << 22) + b"} 1\n"
+    bare = b"".join(
+        b'eplb_%s{model="a{b}\x1b]0;x\x07"} 1\n' % name
+        for name in (b"state", b"alive", b"waiting_for_rank", b"cycles_total", b"stage_running_seconds")
+    )
+    with serving(endless + bare) as address:
+        assert run(["status", address]) == 0
+        said = capsys.readouterr().out
+        assert run(["status", address, "--json"]) == 0
+    assert said.startswith("a{b} ]0;x : unknown (0 ranks)\n")
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def test_it_is_sent_to_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics").write_bytes(metrics(snapshot(0)))
+    with serving(b"", code=302, location=f"file://{tmp_path}/metrics") as address:
+        assert "is not allowed" in refused(capsys, address)
+
+
+def test_an_answer_that_drips_is_given_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_status, "TIMEOUT_S", 0.3)
+
+    def drip() -> None:
+        call, _ = listener.accept()
+        with call, suppress(OSError):
+            for letter in b"HTTP/1.1 200 " + b"K" * 30:  # the line never ends in time
+                call.sendall(bytes([letter]))
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, daemon=True).start()
+        assert "not read within" in refused(capsys, f"http://127.0.0.1:{listener.getsockname()[1]}/metrics")
 
 
 def test_it_reads_no_more_than_a_bound_and_no_longer(

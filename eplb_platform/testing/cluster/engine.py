@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.heat import LoadCollection, Phase
+from eplb_platform.heat import Phase
 from eplb_platform.runtime.resizing import LostExpertsError
 from eplb_platform.testing.cluster.membership import Membership, Wish
 from eplb_platform.testing.cluster.scenario import TIMEOUT_S, Scenario
@@ -95,7 +95,6 @@ class Engine:
         shape = (scenario.num_layers, scenario.num_logical)
         self.basic_load = np.random.default_rng(scenario.seed).integers(0, 50, shape) ** 2
         """[layers, logical], tokens."""
-        self._collection = LoadCollection(scenario.config.load_collection_phase)
         self._counted_before = [0]
         """Tokens that count before each pass, in multiples of the basic load, over all ranks."""
         self._rows: list[NDArray[np.int32]] = []
@@ -360,7 +359,8 @@ class Engine:
         tokens[[rank for rank in range(ranks) if rank not in self.members]] = 0
         if self.membership is not None:
             result.wish = self.membership.begin_pass()
-        counts = self._collection.counts(result.phase)
+        wanted = scenario.config.load_collection_phase
+        counts = wanted == "all" or result.phase in (Phase.MIXED, Phase[wanted.upper()])
         total = int((tokens * ~dummy)[members].sum()) if counts else 0
         self._counted_before.append(self._counted_before[-1] + total)
         return result

@@ -287,11 +287,11 @@ def _nonsense(current: ExpertMap, draw: random.Random) -> ExpertMap:
 class SimulatedRecorder:
     """The record of the expert map: a file where there is a folder for it, else kept in memory.
 
-    on_write: called whenever the file is replaced, which all ranks share
+    on_write: called with the map whenever the file is replaced, which all ranks share
     """
 
     def __init__(
-        self, path: Path | None, injected: Callable[[str], None], on_write: Callable[[], None]
+        self, path: Path | None, injected: Callable[[str], None], on_write: Callable[[ExpertMap], None]
     ) -> None:
         self.path = path
         self._on_write = on_write
@@ -308,5 +308,5 @@ class SimulatedRecorder:
             raise RecordError(self.path or Path("map.json"), Fault("", fault))
         if self.path is not None:
             expert_map.save(self.path)
-        self._on_write()
+        self._on_write(expert_map)
         self.recorded = expert_map

@@ -176,6 +176,7 @@ class SimulatedRank:
         self.death = ""
         self.places_before_death = 0
         self.longest_wait_s = 0.0
+        self._commits_before_pause = 0
         self.slept_s = 0.0
         """For how long its clock went on while it could not."""
         self.refusals = 0
@@ -222,7 +223,7 @@ class SimulatedRank:
         self.recorder = SimulatedRecorder(
             None if folder is None else folder / "map.json",
             self._inject,
-            lambda: engine.recorded(self.rank, self.link.generation),
+            self._check_record,
         )
         self.planner = SimulatedPlanner(
             scheduler,
@@ -391,6 +392,7 @@ class SimulatedRank:
                 self.engine.violate(f"rank {self.rank}: the forward thread waited for {took:.3f} s")
         if stats.commits != commits:
             self.engine.committed(self.rank, self.balancer.expert_map)
+        self._check_pause()
 
     def _counts(self, served: Pass) -> tuple[NDArray[np.int64] | None, ExpertMap, Phase, bool]:
         """What the device counted: of this pass, or where counts come late of the one before."""
@@ -479,6 +481,22 @@ class SimulatedRank:
                 return
         engine.violate("the load that is planned on is not what was served")
 
+    def _check_record(self, expert_map: ExpertMap) -> None:
+        """What is recorded where experts move is what this rank routes by, at that moment."""
+        self.engine.recorded(self.rank, self.link.generation)
+        if self.config.moves_experts and expert_map.digest() != self.balancer.expert_map.digest():
+            self.engine.violate(f"rank {self.rank}: records another map than the one in force")
+
+    def note_pause(self) -> None:
+        """`pause` is called: a commit that is agreed may still come, and no other."""
+        self._commits_before_pause = self.balancer.stats.commits
+
+    def _check_pause(self) -> None:
+        if self.balancer._is_paused:
+            after = self.balancer.stats.commits - self._commits_before_pause
+            if after > 1:
+                self.engine.violate(f"rank {self.rank}: {after} commits since `pause`, expected at most one")
+
     def _check_thread(self, what: str) -> None:
         """While the engine waits for `step`, its thread calls nobody."""
         if self._is_in_step and self.engine.scheduler.current in self.tasks:
@@ -549,6 +567,10 @@ class SimulatedRank:
             max_bytes=max_bytes,
             layers_per_chunk=config.layer_updates_per_step,
         )
+        if max_bytes is not None and staging.nbytes > max_bytes:
+            self.engine.violate(
+                f"rank {self.rank}: a staging of {staging.nbytes} bytes, expected {max_bytes}"
+            )
         return Migrator(
             backend, self.model.expert_weights, staging, self.rank, verify=config.verify_transfers
         )

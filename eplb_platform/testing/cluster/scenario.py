@@ -62,7 +62,7 @@ class FaultPlan:
     kind: str
     rank: int
     step: int
-    stage: Stage | None = None
+    stage: Stage | str | None = None
 
     def __str__(self) -> str:
         when = f"after pass {self.step}" + (f", entering {self.stage}" if self.stage else "")
@@ -111,13 +111,27 @@ class Scenario:
     """The pass from which nothing goes wrong any more."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a fault that cannot come in this scenario."""
+        """Raises ValueError for a cluster that cannot be, and a fault that cannot come in this scenario."""
+        for name in ("num_ranks", "num_layers", "slots_per_rank", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        most = self.num_ranks * self.slots_per_rank - 1
+        if not 0 <= self.num_redundant <= most:
+            raise ValueError(f"num_redundant is {self.num_redundant}, expected 0 to {most}")
+        if not 0 <= self.odd_rank < self.num_ranks:
+            raise ValueError(f"odd_rank is {self.odd_rank}, expected a rank from 0 to {self.num_ranks - 1}")
         for fault in self.faults:
             if fault.kind not in ALL_FAULTS:
                 near = get_close_matches(fault.kind, ALL_FAULTS, 1)
                 raise ValueError(f"fault {fault.kind!r}: unknown" + (f", meant {near[0]!r}?" if near else ""))
             if not 0 <= fault.rank < self.num_ranks:
                 raise ValueError(f"{fault}: expected a rank from 0 to {self.num_ranks - 1}")
+            if not 1 <= fault.step < self.quiet_step:
+                raise ValueError(f"{fault}: expected a pass from 1 to quiet_step - 1, {self.quiet_step - 1}")
+            if fault.stage is not None and fault.stage not in list(Stage):
+                raise ValueError(f"{fault}: expected a stage of {', '.join(Stage)}")
+            if fault.stage is None and fault.kind.startswith("exception"):
+                raise ValueError(f"{fault}: expected a stage")
             if fault.kind in (*RESIZES, *RESIZE_DEATHS) and not self.resizes:
                 raise ValueError(f"{fault}: expected resizes=True")
 
@@ -151,7 +165,7 @@ def draw_scenario(seed: int, num_ranks: int | None = None) -> Scenario:
         load_collection_phase=draw.choice(("all", "all", "decode")),
         layer_updates_per_step=draw.choice((1, 1, 2, 4)),
         commit_margin_steps=draw.choice((1, 2, 4)),
-        staging_memory_mb=draw.choice((None, None, 16e-6 * (slots + 1))),
+        staging_memory_mb=draw.choice((None, None, 16e-6 * (slots + 1 if seed % 3 else (slots + 1) // 2))),
         transfer_timeout_s=TIMEOUT_S,
         verify_transfers=verify,
         min_balancedness=0.6 if seed % 2 else 1.0,

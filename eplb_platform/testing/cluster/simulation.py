@@ -364,6 +364,11 @@ class _Simulation:
             recorded = ExpertMap(read.physical_to_logical, read.num_logical_experts, recorded.topology)
         if recorded.digest() not in self.engine.maps_in_force:
             self.engine.violate(f"rank {rank.rank}: the recorded map was never in force")
+        is_last_word = rank.link.plans and rank.ending == "served to the end"
+        if not is_last_word or self.scenario.resizes or any(map(_spoils_records, self.engine.injected)):
+            return
+        if recorded.digest() != rank.balancer.expert_map.digest():
+            self.engine.violate(f"rank {rank.rank}: the map in force at the end is not the recorded one")
 
     def _judge_calm(self) -> None:
         """Where nothing is in the way, no cycle fails and no forward thread waits long."""
@@ -372,6 +377,9 @@ class _Simulation:
         if failed and faults <= HARMLESS and not self.scenario.different_config:
             errors = sorted({rank.balancer.stats.last_error for rank in ranks} - {""})
             self.engine.violate(f"cycles fail without a reason: {errors}")
+        numbers = {int(key.split("/")[1]) for key in self.store.values if key.startswith("cycle/")}
+        if faults <= HARMLESS and numbers and min(numbers) < max(numbers) - 2:
+            self.engine.violate(f"the store keeps keys of cycle {min(numbers)} in cycle {max(numbers)}")
         longest = max(rank.longest_wait_s for rank in ranks) / self.scenario.step_s
         if longest > CALM_WAIT_STEPS and not faults & SLOWING:
             self.engine.violate(
@@ -406,6 +414,11 @@ class _Simulation:
             resizes=Counter() if engine.membership is None else engine.membership.counts,
             trace=engine.trace.lines,
         )
+
+
+def _spoils_records(kind: str) -> bool:
+    """Whether the map may be recorded late after this fault, or not at all."""
+    return kind in (*MEETINGS, "full disk", "read-only folder") or kind.startswith(("exception", "rank dead"))
 
 
 # --- how each fault comes ---
@@ -486,11 +499,13 @@ def _idle(simulation: _Simulation, rank: SimulatedRank) -> None:
 
 def _pause(simulation: _Simulation, rank: SimulatedRank) -> None:
     for one in simulation.ranks:
+        one.note_pause()
         one.balancer.pause()
         simulation.later(one.balancer.resume, 15)
 
 
 def _pause_one(simulation: _Simulation, rank: SimulatedRank) -> None:
+    rank.note_pause()
     rank.balancer.pause()
     simulation.later(rank.balancer.resume, 15)
 
