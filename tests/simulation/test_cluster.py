@@ -6,12 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from eplb_platform.algorithms import rebalance_experts
 from eplb_platform.config import EplbConfig
+from eplb_platform.expert_map import ExpertMap
 from eplb_platform.runtime import Stage
 from eplb_platform.testing.cluster import FaultPlan, Scenario, Tally, draw_scenario, simulate
 from eplb_platform.testing.cluster.scenario import TIMEOUT_S
+from eplb_platform.topology import Topology
 
 CALM = Scenario(
     seed=1,
@@ -186,3 +190,31 @@ def test_the_command_replays_a_seed() -> None:
 def test_a_fault_that_cannot_come_is_refused(fault: FaultPlan, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         replace(CALM, faults=(fault,))
+
+
+def maps_of_one_s_own(count: int) -> list[ExpertMap]:
+    """Each planned anew, so that nearly every slot changes."""
+    draw = np.random.default_rng(0)
+    load = [draw.zipf(1.5, (CALM.num_layers, CALM.num_logical)).clip(1, 99) for _ in range(count)]
+    slots = CALM.num_ranks * CALM.slots_per_rank
+    return [
+        rebalance_experts(one, num_physical_experts=slots, topology=CALM.topology).expert_map for one in load
+    ]
+
+
+@pytest.mark.parametrize("faults", [(), (FaultPlan("rank frozen", 3, 5, Stage.COMMIT),)])
+def test_maps_of_one_s_own_are_served(faults: tuple[FaultPlan, ...]) -> None:
+    initial, *planned = maps_of_one_s_own(3)
+    result = simulate(replace(CALM, initial_map=initial, planned_maps=tuple(planned), faults=faults))
+    assert result.violations == []
+    assert result.maps_in_force >= {initial.digest(), planned[0].digest()}
+    assert faults or planned[1].digest() in result.maps_in_force
+
+
+def test_a_map_of_another_cluster_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^initial_map: layers, experts and slots are .* expected \(2, 20, 24\)"
+    ):
+        replace(CALM, initial_map=ExpertMap.initial(1, 20, CALM.topology, 4))
+    with pytest.raises(ValueError, match=r"^planned_maps: its topology is "):
+        replace(CALM, planned_maps=(ExpertMap.initial(2, 20, Topology(4), 4),))

@@ -232,6 +232,7 @@ class SimulatedRank:
             check=self._check_load,
             injected=self._inject,
             algorithm=self._algorithm() if scenario.real_planner else None,
+            answers=scenario.planned_maps,
             violate=engine.violate,
         )
         traces = config.trace_record_path is not None and self.link.plans

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from eplb_platform.config import EplbConfig
+from eplb_platform.expert_map import ExpertMap
 from eplb_platform.runtime.cycle import Stage
+from eplb_platform.topology import Topology
 
 STEP_S = 0.02
 TIMEOUT_S = 0.4
@@ -109,6 +111,10 @@ class Scenario:
     """The model takes unequal shares."""
     quiet_step: int = 50
     """The pass from which nothing goes wrong any more."""
+    initial_map: ExpertMap | None = None
+    """What the ranks start from, in place of the layout that engines start with."""
+    planned_maps: tuple[ExpertMap, ...] = ()
+    """What the planner answers, one after the other while all ranks are active; then it draws maps again."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a cluster that cannot be, and a fault that cannot come in this scenario."""
@@ -120,6 +126,12 @@ class Scenario:
             raise ValueError(f"num_redundant is {self.num_redundant}, expected 0 to {most}")
         if not 0 <= self.odd_rank < self.num_ranks:
             raise ValueError(f"odd_rank is {self.odd_rank}, expected a rank from 0 to {self.num_ranks - 1}")
+        for name, one in [
+            ("initial_map", self.initial_map),
+            *(("planned_maps", m) for m in self.planned_maps),
+        ]:
+            if one is not None:
+                self._check_map(name, one)
         for fault in self.faults:
             if fault.kind not in ALL_FAULTS:
                 near = get_close_matches(fault.kind, ALL_FAULTS, 1)
@@ -134,6 +146,18 @@ class Scenario:
                 raise ValueError(f"{fault}: expected a stage")
             if fault.kind in (*RESIZES, *RESIZE_DEATHS) and not self.resizes:
                 raise ValueError(f"{fault}: expected resizes=True")
+
+    def _check_map(self, name: str, given: ExpertMap) -> None:
+        shape = (given.num_layers, given.num_logical_experts, given.num_physical_experts)
+        expected = (self.num_layers, self.num_logical, self.num_ranks * self.slots_per_rank)
+        if shape != expected:
+            raise ValueError(f"{name}: layers, experts and slots are {shape}, expected {expected}")
+        if given.topology != self.topology:
+            raise ValueError(f"{name}: its topology is {given.topology}, expected {self.topology}")
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.num_ranks, min(self.num_nodes, self.num_ranks))
 
     @property
     def num_logical(self) -> int:

@@ -76,6 +76,8 @@ class Result:
     events: int = 0
     resizes: Counter[str] = field(default_factory=Counter)
     """What came of calls of `resize`, over all ranks."""
+    maps_in_force: frozenset[str] = frozenset()
+    """Digests of all maps that ranks were to route by."""
     trace: list[str] = field(default_factory=list)
 
     @property
@@ -105,9 +107,8 @@ class _Simulation:
         self.scenario = scenario
         self.random = random.Random(f"faults {scenario.seed}")
         self.scheduler = Scheduler(scenario.seed, limit_s=3600)
-        topology = Topology(scenario.num_ranks, min(scenario.num_nodes, scenario.num_ranks))
-        self.initial = ExpertMap.initial(
-            scenario.num_layers, scenario.num_logical, topology, scenario.num_redundant
+        self.initial = scenario.initial_map or ExpertMap.initial(
+            scenario.num_layers, scenario.num_logical, scenario.topology, scenario.num_redundant
         )
         self.engine = Engine(scenario, self.scheduler, Trace(keep_trace), self.initial)
         self.store = SimulatedStore(self.scheduler)
@@ -412,6 +413,7 @@ class _Simulation:
             longest_wait_steps=max(rank.longest_wait_s for rank in ranks) / self.scenario.step_s,
             events=self.scheduler.events,
             resizes=Counter() if engine.membership is None else engine.membership.counts,
+            maps_in_force=frozenset(engine.maps_in_force),
             trace=engine.trace.lines,
         )
 
