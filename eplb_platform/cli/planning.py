@@ -134,6 +134,13 @@ class Outcome:
         }
 
 
+def _measured_cost(path: Path) -> NDArray[np.float64]:
+    cost = compute_cost.read(path)
+    if np.isnan(cost).all():
+        raise BadInput(f"plan: {path}: no expert was profiled, expected the time of at least one")
+    return cost
+
+
 def make_plan(request: Request) -> Outcome:
     """Plan and write the map. Raises BadInput for what cannot be read, planned or written."""
     try:
@@ -144,7 +151,7 @@ def make_plan(request: Request) -> Outcome:
         load = _windows(request, traces)
         current, topology = _current(request, load.shape[2])
         options = _options(request.options)
-        cost = None if request.compute_cost is None else compute_cost.read(request.compute_cost)
+        cost = None if request.compute_cost is None else _measured_cost(request.compute_cost)
         algorithm = request.algorithm or (DEFAULT_ALGORITHM if cost is None else ComputeAware.name)
         # Apart from the plan, whose time is told: compiling takes longer, but once.
         engine = make_algorithm(algorithm, options)

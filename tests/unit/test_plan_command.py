@@ -269,6 +269,7 @@ def test_compute_cost_counts_whatever_the_file(
         ("cost.json", b"[[1, 5e-324]]", "cost.json: [0][1]: 4.94066e-324, expected a time"),
         ("cost.json", b"[[1, 1" + b"0" * 400 + b"]]", "cost.json: a number has too many digits"),
         ("cost.npy", b"\x93NUMPY\x01\x00\x06\x00{'a': \n", "cost.npy: no .npy file"),
+        ("cost.json", b"[[null, null]]", "cost.json: no expert was profiled, expected the time of at least"),
         ("cost.json", b"{}", "expected a list of times for each layer"),
         ("cost.json", b"[[1, 2]]", "compute_cost has shape (1, 2), expected [layers, logical], (3, 16)"),
         ("cost.npy", b"nothing", "cost.npy: no .npy file"),
