@@ -558,27 +558,30 @@ def _ranks_leave(simulation: _Simulation, rank: SimulatedRank, kind: str) -> Non
 
 def _ranks_join(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
     """Those that left, and new processes in place of those that ended."""
-    membership, draw = simulation.membership, simulation.random
-    away = sorted(set(range(simulation.scenario.num_ranks)) - membership.active)
-    if not away or membership.is_broken:
-        return
-    joining = draw.sample(away, draw.randint(1, len(away)))
-    for one in joining:
-        if simulation.ranks[one].ending:
-            simulation.restart(one)
-    simulation.engine.inject(kind, joining[0])
-    membership.planned = Wish(tuple(sorted(membership.active | set(joining))), draw.choice((None, ())), kind)
+    if joining := _draw_joining(simulation):
+        _plan_change(simulation, joining, [], kind)
 
 
 def _ranks_change_places(simulation: _Simulation, rank: SimulatedRank, kind: str) -> None:
     """As many leave as join, or nearly."""
     membership, draw = simulation.membership, simulation.random
+    if joining := _draw_joining(simulation):
+        most = min(len(membership.active) - 1, len(membership.active) + len(joining) - membership.room)
+        leaving = draw.sample(sorted(membership.active), draw.randint(0, max(0, most)))
+        _plan_change(simulation, joining, leaving, kind)
+
+
+def _draw_joining(simulation: _Simulation) -> list[int]:
+    """Some of the ranks that are away; none where nobody can join."""
+    membership, draw = simulation.membership, simulation.random
     away = sorted(set(range(simulation.scenario.num_ranks)) - membership.active)
     if not away or membership.is_broken:
-        return
-    joining = draw.sample(away, draw.randint(1, len(away)))
-    most = min(len(membership.active) - 1, len(membership.active) + len(joining) - membership.room)
-    leaving = draw.sample(sorted(membership.active), draw.randint(0, max(0, most)))
+        return []
+    return draw.sample(away, draw.randint(1, len(away)))
+
+
+def _plan_change(simulation: _Simulation, joining: list[int], leaving: list[int], kind: str) -> None:
+    membership, draw = simulation.membership, simulation.random
     for one in joining:
         if simulation.ranks[one].ending:
             simulation.restart(one)
