@@ -11,7 +11,7 @@ from operator import index
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_RANKS = 1 << 16
+from eplb_platform.limits import MOST_RANKS
 
 
 @dataclass(frozen=True, init=False)

@@ -14,11 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from eplb_platform.cli import BAD_INPUT
-
-# Beyond any deployment, and far below what fills the memory.
-MOST_RANKS = 1 << 16
-MOST_SLOTS = 1 << 20
-MOST_DENSE_LAYERS = 1000
+from eplb_platform.limits import MOST_DENSE_LAYERS, MOST_RANKS, MOST_SLOTS
 
 application = typer.Typer(
     name="eplb",

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.limits import MOST_RANKS
 from eplb_platform.records import strict_json
 from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, Faults, RecordError, shown
@@ -161,6 +162,8 @@ def _num_ranks(
     counts = [len(devices) for devices in device_lists]
     declared = [layer.content.get("device_count") for layer in layers]
     num_ranks = _most_common([count for count in (*counts, *declared) if count in counts and count])
+    if num_ranks > MOST_RANKS:
+        found.add("layer_list", f"{num_ranks} devices in a layer, expected at most {MOST_RANKS}")
     if topology is not None and num_ranks not in (0, topology.num_ranks):
         found.add("layer_list", f"{num_ranks} devices in a layer, expected {topology.num_ranks} ranks")
     for layer, count in zip(layers, counts, strict=True):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.limits import MOST_RANKS
 from eplb_platform.records import physical_table, strict_yaml
 from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, Faults, shown
@@ -24,7 +25,6 @@ MAX_FAULTS = 100
 _ASSIGNMENTS = "initial_global_assignments"
 _UPDATES = "layer_updates_per_iter"
 _KEYS = {_ASSIGNMENTS, "num_slots", _UPDATES, "ep_size"}
-_MAX_RANKS = 1 << 20
 
 
 def read(
@@ -130,8 +130,8 @@ def _topology(document: dict[object, object], topology: Topology | None, found: 
     if "ep_size" not in document:
         return topology
     ranks = document["ep_size"]
-    if type(ranks) is not int or not 0 < ranks <= _MAX_RANKS:
-        found.add("ep_size", f"{shown(ranks)}, expected an integer of at least 1")
+    if type(ranks) is not int or not 0 < ranks <= MOST_RANKS:
+        found.add("ep_size", f"{shown(ranks)}, expected an integer of at least 1, at most {MOST_RANKS}")
         return topology
     if topology is not None and topology.num_ranks != ranks:
         found.add("ep_size", f"{ranks}, expected {topology.num_ranks} ranks")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from eplb_platform.cli import advising, run
+from eplb_platform.limits import MOST_RANKS
 from eplb_platform.records import load_trace
 from eplb_platform.records.atomic import write_atomically
 from eplb_platform.records.formats import read_trace
 from eplb_platform.records.load_trace import LoadTrace
-from eplb_platform.topology import MOST_RANKS, Topology
+from eplb_platform.topology import Topology
 
 STEPS, LAYERS, EXPERTS = 40, 2, 8
 
@@ -124,6 +125,23 @@ def test_what_a_dump_loses_is_said(folder: Path, capsys: pytest.CaptureFixture[s
     write_load(np.zeros_like(load))
     assert "no token in any step" in refused(["convert", "load.safetensors", "-o", "none.pt"], capsys)
     assert not (folder / "none.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.yaml"])
+def test_a_file_for_more_ranks_than_any_deployment_is_named(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = MOST_RANKS + 1
+    devices = [{"device_id": device, "device_expert": [0]} for device in range(ranks)]
+    layer = {"layer_id": 0, "device_count": ranks, "device_list": devices}
+    content = {
+        "map.json": json.dumps({"moe_layer_count": 1, "layer_list": [layer]}),
+        "map.yaml": f"initial_global_assignments: {{3: [0, 1]}}\nnum_slots: 2\nep_size: {ranks}\n",
+    }
+    Path(name).write_text(content[name])
+    assert run(["validate", name]) == 2
+    said = "".join(capsys.readouterr())
+    assert f"{name}: " in said and f"at most {MOST_RANKS}" in said
 
 
 def test_a_trace_too_short_for_a_cycle_is_told_from_balancing_that_gains_nothing(
