@@ -125,7 +125,7 @@ class Adaptive(Algorithm):
 
     def construct(self, problem: Problem) -> Slots:
         """[layers, active ranks, slots], a placement that owes nothing to another."""
-        from eplb_platform.algorithms.adaptive_kernels import polish_layers
+        from eplb_platform.algorithms.adaptive_polish_kernels import polish_layers
 
         placed, zones_of = problem.greedy(1.0)
         if problem.load.shape[2] == 1:
@@ -152,7 +152,7 @@ class Adaptive(Algorithm):
         """Level `placed` and, where that is not enough, placements with fewer replicas of the hottest; keep
         the best, in place. One window.
         """
-        from eplb_platform.algorithms.adaptive_kernels import level_layers
+        from eplb_platform.algorithms.adaptive_polish_kernels import level_layers
 
         layers, other = np.arange(problem.num_layers), placed
         above = np.full(problem.num_layers, np.inf)
@@ -258,7 +258,7 @@ class _Search:
             budget = max(0, budget - int(self._moved[layer]))
 
     def _run(self, layers: Ids, start: Slots, zones_of: Ids, *, from_start: bool) -> None:
-        from eplb_platform.algorithms.adaptive_kernels import repair_layers
+        from eplb_platform.algorithms.adaptive_repair_kernels import repair_layers
 
         problem, algorithm = self._problem, self._algorithm
 
@@ -336,6 +336,6 @@ def _speeds(values: Sequence[float]) -> tuple[float, ...]:
 
 def _or_none(limit: int | None) -> int:
     """`limit` for kernels, to which no limit is a very large one."""
-    from eplb_platform.algorithms.adaptive_kernels import NO_LIMIT
+    from eplb_platform.algorithms.adaptive_change_kernels import NO_LIMIT
 
     return NO_LIMIT if limit is None else limit
