@@ -1,4 +1,4 @@
-"""The commands and their options.
+"""The commands and their options; those of several commands are in `options`.
 
 What a command needs is imported when it runs, so that `--help` stays quick.
 """
@@ -6,14 +6,25 @@ What a command needs is imported when it runs, so that `--help` stays quick.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from eplb_platform.cli import BAD_INPUT
+from eplb_platform.cli.options import (
+    AsJson,
+    EpSize,
+    ExpertGroups,
+    FormatOption,
+    Hardware,
+    IterRange,
+    ModelOption,
+    NumNodes,
+    Trace,
+    names,
+)
+from eplb_platform.cli.output import progress, show_lines, show_tables
 from eplb_platform.limits import MOST_DENSE_LAYERS, MOST_RANKS, MOST_SLOTS
 
 application = typer.Typer(
@@ -22,45 +33,6 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON value on standard output, for machines.")
-]
-
-IterRange = Annotated[
-    str | None, typer.Option(metavar="A-B", help="Iterations from A up to B, without B.", show_default="all")
-]
-Trace = Annotated[Path, typer.Argument(metavar="TRACE", help="Recorded load, of any engine.")]
-EpSize = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST_RANKS, help="The number of ranks.", show_default="what the record says"),
-]
-NumNodes = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Nodes that the ranks stand on.", show_default="by the hardware's ranks per node"
-    ),
-]
-ExpertGroups = Annotated[int, typer.Option(min=1, help="Expert groups of the model's router.")]
-Hardware = Annotated[
-    str, typer.Option(metavar="NAME|FILE.yaml", help="h100, ascend910b, or a profile of your own.")
-]
-ModelOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="KEY=NUMBER",
-        help="The model's shape, as hidden_size=4096, in place of the profile's; repeatable.",
-        show_default="DeepSeek-R1",
-    ),
-]
-FormatOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FORMAT",
-        help="vllm-ascend, tensorrt-llm, sglang, vllm (maps); trace, tensorrt-llm, sglang (recorded load).",
-        show_default="what the file looks like",
-    ),
-]
 
 
 @application.callback()
@@ -259,11 +231,7 @@ def plan(
             survive=survive,
         )
     )
-    if as_json:
-        typer.echo(json.dumps(outcome.as_dict()))
-    else:
-        for line in outcome.lines():
-            typer.echo(line)
+    show_lines(outcome, as_json)
 
 
 @application.command()
@@ -307,11 +275,7 @@ def report(
     from eplb_platform.cli.reporting import Request, make
 
     outcome = make(Request(trace, ep_size, iter_range, map_ or (), html, plot))
-    if as_json:
-        typer.echo(json.dumps(outcome.as_dict()))
-    else:
-        for line in outcome.lines():
-            typer.echo(line)
+    show_lines(outcome, as_json)
 
 
 @application.command()
@@ -370,11 +334,7 @@ def convert(
     from eplb_platform.cli.converting import convert as do
 
     outcome = do(Request(source, output, from_, to, ep_size, experts, first_moe_layer))
-    if as_json:
-        typer.echo(json.dumps(outcome.as_dict()))
-    else:
-        for line in outcome.lines():
-            typer.echo(line)
+    show_lines(outcome, as_json)
 
 
 @application.command()
@@ -400,11 +360,7 @@ def compare(
     from eplb_platform.cli.comparing import compare as do
 
     outcome = do(first, second, trace, ep_size)
-    if as_json:
-        typer.echo(json.dumps(outcome.as_dict()))
-    else:
-        for line in outcome.lines():
-            typer.echo(line)
+    show_lines(outcome, as_json)
 
 
 @application.command()
@@ -460,14 +416,12 @@ def simulate(
     Example: eplb simulate dump.pt --ep-size 32 --redundant-experts 32 --algorithm adaptive,deepseek
     Next:    eplb advise dump.pt, which searches for the numbers that are given here
     """
-    from rich.console import Console
-
     from eplb_platform.cli.estimating import Deployment
     from eplb_platform.cli.simulating import Request, run
 
     request = Request(
         trace=trace,
-        algorithms=_names(algorithm),
+        algorithms=names(algorithm),
         deployment=Deployment(hardware, model or (), ep_size, num_nodes, num_expert_groups),
         redundant_experts=redundant_experts,
         maps=map_ or (),
@@ -476,12 +430,9 @@ def simulate(
         settings=set_ or (),
         plot=plot,
     )
-    with _progress() as advance:
+    with progress() as advance:
         outcome = run(request, lambda done, total: advance("steps", done, total))
-    if as_json:
-        typer.echo(json.dumps(outcome.as_dict()))
-    else:
-        outcome.print(Console())
+    show_tables(outcome, as_json)
 
 
 @application.command()
@@ -524,19 +475,14 @@ def advise(
     Example: eplb advise dump.pt --memory 48 --ep-size 16,32 --hardware h100
     Next:    the commands that it prints, or eplb simulate for the chosen numbers in detail
     """
-    from rich.console import Console
-
     from eplb_platform.cli.advising import Request, run
     from eplb_platform.cli.estimating import Deployment
 
     deployment = Deployment(hardware, model or (), num_expert_groups=num_expert_groups)
-    request = Request(trace, memory, _names(ep_size), deployment, algorithm, objective, iter_range)
-    with _progress() as advance:
+    request = Request(trace, memory, names(ep_size), deployment, algorithm, objective, iter_range)
+    with progress() as advance:
         outcome = run(request, advance)
-    if as_json:
-        typer.echo(json.dumps(outcome.as_dict()))
-    else:
-        outcome.print(Console())
+    show_tables(outcome, as_json)
 
 
 @application.command()
@@ -588,9 +534,9 @@ def bench(
 
     request = Request(
         traces=traces or (),
-        loads=_names(load),
+        loads=names(load),
         shapes=shape or (),
-        algorithms=_names(algorithm),
+        algorithms=names(algorithm),
         num_layers=layers,
         num_collections=collections,
         num_forwards=forwards,
@@ -598,29 +544,12 @@ def bench(
         tokens_per_forward=tokens,
         seed=seed,
     )
-    with _progress() as advance:
+    with progress() as advance:
         outcome = measure(request, advance)
     if as_json:
         typer.echo(json.dumps(outcome.as_dicts()))
     else:
         outcome.print(Console())
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, where that is a terminal: told what is done now, how much, and of how much."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    shown = Console(stderr=True)
-    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 @application.command()
