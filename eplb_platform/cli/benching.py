@@ -13,6 +13,7 @@ from rich.table import Table
 
 from eplb_platform.algorithms import AlgorithmError
 from eplb_platform.cli import BadInput, bad_input
+from eplb_platform.cli.files import read_trace
 from eplb_platform.offline.bench import (
     Contender,
     Load,
@@ -23,7 +24,6 @@ from eplb_platform.offline.bench import (
     measure,
 )
 from eplb_platform.offline.synthetic_load import SYNTHETIC_LOADS, LoadShape
-from eplb_platform.records import load_trace
 
 DEFAULT_SHAPES = ("64x64x8", "64x80x16", "128x144x16", "256x288x32", "256x288x32x4x8")
 
@@ -185,7 +185,7 @@ def _recorded(request: Request, shapes: Sequence[Shape]) -> list[Case]:
     """The traces in order as one sequence of collections, none of which mixes two of them."""
     collections: list[Load] = []
     for path in request.traces:
-        loads = load_trace.read(path).expert_load
+        loads = read_trace(path, "trace").expert_load
         if collections and loads.shape[1:] != collections[0].shape[1:]:
             raise BadInput(
                 f"bench: {path} has [layers, experts] {list(loads.shape[1:])}, "

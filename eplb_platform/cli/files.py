@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from eplb_platform.cli import BadInput
 from eplb_platform.expert_map import ExpertMap
-from eplb_platform.records import expert_map_json, formats, sglang_location, tensorrt_llm_yaml, vllm_map
+from eplb_platform.records import (
+    expert_map_json,
+    formats,
+    partial_trace,
+    sglang_location,
+    tensorrt_llm_yaml,
+    vllm_map,
+)
 from eplb_platform.records.fault import Fault, RecordError
 from eplb_platform.records.load_trace import LoadTrace
 from eplb_platform.topology import Topology
@@ -147,5 +155,38 @@ def iterations(text: str | None) -> range | None:
 
 
 def read_trace(path: Path, format: str | None = None) -> LoadTrace:
-    """The load at `path`, whatever engine recorded it. Raises RecordError."""
-    return formats.read_trace(path, format=format)
+    """The load at `path`, whatever engine recorded it. Raises RecordError.
+
+    Says on standard error what is missing in it because its writer has not finished.
+    """
+    try:
+        trace = formats.read_trace(path, format=format)
+    except RecordError:
+        if not path.exists():
+            _say_what_lies_beside(path, 0)
+        raise
+    state = partial_trace.state(path)
+    if state is None:
+        _say_what_lies_beside(path, trace.num_steps)
+    elif state.at_work:
+        _note(f"{path}: its writer is at work: read as it is now, {trace.num_steps} steps")
+    elif trace.num_steps < state.num_rows:
+        rest = state.num_rows - trace.num_steps
+        _note(f"{path}: step {trace.num_steps} is damaged: left out with what follows, {rest} steps in all")
+    return trace
+
+
+def _say_what_lies_beside(path: Path, num_steps: int) -> None:
+    """One line where a writer that was killed left more steps than the trace at `path` has."""
+    beside = partial_trace.beside(path)
+    state = partial_trace.state(beside)
+    if state is not None and not state.at_work and state.num_steps > num_steps:
+        command = shlex.join(["eplb", "convert", str(beside), "-o", str(path)])
+        _note(
+            f"{path}: {num_steps} steps, but its writer was killed and left {state.num_steps} in "
+            f"{beside.name}; for a trace of all: {command}"
+        )
+
+
+def _note(message: str) -> None:
+    print("eplb: note:", *message.split(), file=sys.stderr)

@@ -19,12 +19,18 @@ from eplb_platform.algorithms.survival import Survival
 from eplb_platform.algorithms.survival import warm_up as warm_up_survival
 from eplb_platform.balance import window_balancedness
 from eplb_platform.cli import BadInput, bad_input
-from eplb_platform.cli.files import MAP_FORMAT_OF_SUFFIX, check_output, iterations, serving_line, write_map
+from eplb_platform.cli.files import (
+    MAP_FORMAT_OF_SUFFIX,
+    check_output,
+    iterations,
+    read_trace,
+    serving_line,
+    write_map,
+)
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.heat import Phase
 from eplb_platform.offline.report import metadata_number
 from eplb_platform.records import compute_cost
-from eplb_platform.records.formats import read_trace
 from eplb_platform.records.load_trace import LoadTrace, release_pages
 from eplb_platform.topology import Topology
 

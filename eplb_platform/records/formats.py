@@ -5,7 +5,7 @@ map     vllm_ascend    expert-map JSON; also called json
 map     tensorrt_llm   moe_load_balancer.yaml
 map     sglang         --init-expert-location, .json or .pt
 map     vllm           lists of experts as JSON
-trace   trace          load trace of this project, .safetensors
+trace   trace          load trace of this project, .safetensors, or what its writer left, .partial
 trace   tensorrt_llm   statistics folder
 trace   sglang         recorder dumps, .pt or .json, or a folder of them
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from eplb_platform.records import (
     load_trace,
+    partial_trace,
     sglang_recorder,
     strict_json,
     tensorrt_llm_statistics,
@@ -31,6 +32,7 @@ MAP_FORMATS = ("vllm_ascend", "tensorrt_llm", "sglang", "vllm")
 TRACE_FORMATS = ("trace", "tensorrt_llm", "sglang")
 _OF_SUFFIX = {
     ".safetensors": (TRACE, "trace"),
+    partial_trace.SUFFIX: (TRACE, "trace"),
     ".yaml": (MAP, "tensorrt_llm"),
     ".yml": (MAP, "tensorrt_llm"),
 }
@@ -50,6 +52,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
         message = "a folder without meta_info.json and .pt files, expected statistics or dumps"
         raise RecordError(path, Fault("", message))
     suffix = place.suffix.lower()
+    if partial_trace.begins_at(place):
+        return TRACE, "trace"
     if suffix in _OF_SUFFIX:
         return _OF_SUFFIX[suffix]
     if suffix == ".pt":

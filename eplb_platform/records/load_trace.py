@@ -4,19 +4,24 @@
     phase: uint8 [steps], 0 prefill, 1 decode, 2 mixed
     metadata: text by text, of which `format_version` is always there
 
+What a writer that was killed left of one, its partial file, is read as the trace of its steps.
+
 The file is read through memory mapping and written without ever being held in memory, neither of which the
 safetensors library does for NumPy; so its header, which is JSON, is read and written here.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -26,9 +31,10 @@ from typing import BinaryIO, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from eplb_platform.records import strict_json
+from eplb_platform.records import partial_trace, strict_json
 from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
+from eplb_platform.records.partial_trace import COUNT_DTYPES, MAX_HEADER_BYTES, MAX_ROW_AXIS, RowForm
 
 FORMAT_VERSION = "1"
 NUM_PHASES = 3
@@ -36,16 +42,10 @@ NUM_PHASES = 3
 _Path: TypeAlias = str | os.PathLike[str]
 _Load: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 
-_DTYPE_OF_NAME: dict[str, np.dtype[np.integer]] = {
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-    "U8": np.dtype("u1"),
-}
-_LOAD_DTYPES = ("I32", "I64")
-_MAX_HEADER_BYTES = 1 << 20
+_DTYPE_OF_NAME: dict[str, np.dtype[np.integer]] = {**COUNT_DTYPES, "U8": np.dtype("u1")}
 _CHUNK_BYTES = 1 << 22
-# Layers or experts: far above any model, and far below what overflows NumPy's sizes.
-_MAX_ROW_AXIS = 1 << 20
+# A command that looks whether a partial file is at work holds its lock for a moment.
+_LOCK_TRIES, _LOCK_PAUSE_S = 5, 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class LoadTrace:
 
 
 def read(path: _Path) -> LoadTrace:
-    """The trace in the file at `path`, mapped and not loaded.
+    """The trace in the file at `path`, mapped and not loaded; of a partial file, the steps that are whole.
 
     Its values are checked chunk by chunk. Raises RecordError with the place of what is wrong.
     """
@@ -83,7 +83,10 @@ def read(path: _Path) -> LoadTrace:
     try:
         # One open file for everything: another trace may be put at the path meanwhile.
         with Path(path).open("rb") as file:
-            trace = _map_trace(path, file, os.fstat(file.fileno()).st_size)
+            if partial_trace.is_partial(file):
+                trace = _partial(path, file)
+            else:
+                trace = _map_trace(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise RecordError(path, Fault("", describe(error))) from error
     _check_values(path, trace)
@@ -119,11 +122,12 @@ def release_pages(load: NDArray[np.integer]) -> None:
 
 
 class LoadTraceWriter:
-    """Writes a trace while it happens, in bounded memory: one byte is kept for each step.
+    """Writes a trace while it happens, in bounded memory.
 
     Rows are gathered in `<path>.partial`, beside the trace, which is whole at every moment: it is made by
-    `checkpoint` and `close`. One thread may append while another makes a checkpoint. What was appended
-    after the last checkpoint is lost with the process.
+    `checkpoint` and `close`. One thread may append while another makes a checkpoint. When the process is
+    killed, the steps since the last checkpoint are in the partial file, which `read` takes for a trace. The
+    next writer renames it to `<path>.partial.1`, or the next number that is free: see `kept`.
 
     Raises RecordError when the files cannot be written, or another writer is at work on them.
     """
@@ -139,22 +143,21 @@ class LoadTraceWriter:
     ) -> None:
         """metadata: texts for the header; dtype: of the counts, int32 or int64"""
         self.path = Path(path)
-        self._row_shape = (num_layers, num_logical_experts)
-        self._dtype_name = _load_dtype(dtype)
-        self._dtype = _DTYPE_OF_NAME[self._dtype_name]
-        self._metadata = dict(metadata or {})
-        self._phases = bytearray()
-        self._published_steps = -1
-        self._row_bytes = prod(self._row_shape) * self._dtype.itemsize
+        self.kept: Path | None = None
+        """Where a partial file is now that was there already."""
+        self._form = RowForm(_load_dtype(dtype), (num_layers, num_logical_experts), dict(metadata or {}))
         self._check_form()
-        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._start = len(self._form.header())
+        self._num_steps = 0
+        self._published_steps = -1
+        self._partial = partial_trace.beside(self.path)
         self._appending = Lock()
         self._publishing = Lock()
         self._spool: int | None = self._open_spool()
 
     @property
     def num_steps(self) -> int:
-        return len(self._phases)
+        return self._num_steps
 
     def append(self, expert_load: ArrayLike, phase: int) -> None:
         """Add a step.
@@ -166,18 +169,14 @@ class LoadTraceWriter:
         one that the dtype cannot hold, and an unknown phase; RecordError when the disk is full: the step
         is left out then, and the next may be tried.
         """
-        row = self._checked_row(expert_load, phase)
+        row = self._form.row(self._checked_row(expert_load, phase), phase)
         with self._appending:
-            rest = row.data.cast("B")
-            # At its place whatever was there, so that a row that was cut short is overwritten.
-            offset = len(self._phases) * self._row_bytes
             try:
-                while rest:
-                    written = os.pwrite(self._open_descriptor(), rest, offset)
-                    rest, offset = rest[written:], offset + written
+                # At its place whatever was there, so that a row that was cut short is overwritten.
+                _write_at(self._open_descriptor(), row, self._offset(self._num_steps))
             except OSError as error:
                 raise RecordError(self._partial, Fault("", describe(error))) from error
-            self._phases.append(phase)
+            self._num_steps += 1
 
     def checkpoint(self) -> bool:
         """Make the trace of all steps so far, unless it has not yet doubled; whether it was made.
@@ -192,16 +191,19 @@ class LoadTraceWriter:
             return True
 
     def close(self) -> None:
-        """Make the trace of all steps and remove the partial file. Does nothing the second time."""
+        """Make the trace of all steps and remove the partial file, which stays where that fails.
+
+        Does nothing the second time.
+        """
         with self._publishing:
             if self._spool is None:
                 return
             try:
                 if self._published_steps < self.num_steps:
                     self._publish()
+                self._partial.unlink(missing_ok=True)
             finally:
                 with self._appending:
-                    self._partial.unlink(missing_ok=True)
                     os.close(self._spool)
                     self._spool = None
 
@@ -217,31 +219,48 @@ class LoadTraceWriter:
         self.close()
 
     def _check_form(self) -> None:
-        if not all(0 < n <= _MAX_ROW_AXIS for n in self._row_shape):
+        if not all(0 < n <= MAX_ROW_AXIS for n in self._form.shape):
             raise ValueError(
-                f"[layers, logical] is {list(self._row_shape)}, expected 1 to {_MAX_ROW_AXIS} of each"
+                f"[layers, logical] is {list(self._form.shape)}, expected 1 to {MAX_ROW_AXIS} of each"
             )
-        for key, value in self._metadata.items():
+        for key, value in self._form.metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise ValueError(f"metadata {shown(key)} is {shown(value)}, expected text for text")
-        _header(self._dtype_name, (10**15, *self._row_shape), self._metadata)  # the longest that may come
+        self._header(10**15)  # the longest that may come
 
     def _open_spool(self) -> int:
-        spool = -1
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
-            spool = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(spool, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Only now: what a writer left that was killed is of no use, what one at work has is its own.
-            os.ftruncate(spool, 0)
+            spool = self._lock_spool()
         except BlockingIOError as error:
-            os.close(spool)
             raise RecordError(self._partial, Fault("", "another writer is at work on it")) from error
         except OSError as error:
-            if spool >= 0:
-                os.close(spool)
             raise RecordError(self._partial, Fault("", describe(error))) from error
         return spool
+
+    def _lock_spool(self) -> int:
+        """A new partial file, locked and with its header. What was there is kept, if it has anything."""
+        spool = _open_locked(self._partial)
+        try:
+            if self._is_of_use(spool):
+                kept = _free_name(self._partial)
+                self._partial.rename(kept)
+                earlier, spool = spool, _open_locked(self._partial)
+                os.close(earlier)
+                self.kept = kept
+            os.ftruncate(spool, 0)
+            _write_at(spool, self._form.header(), 0)
+        except BaseException:
+            os.close(spool)
+            raise
+        return spool
+
+    def _is_of_use(self, spool: int) -> bool:
+        """Whether what is there is something else than a partial trace without a step."""
+        if not os.fstat(spool).st_size:
+            return False
+        state = partial_trace.state(self._partial)
+        return state is None or state.num_steps > 0
 
     def _open_descriptor(self) -> int:
         if self._spool is None:
@@ -250,36 +269,86 @@ class LoadTraceWriter:
 
     def _checked_row(self, expert_load: ArrayLike, phase: int) -> _Load:
         load = np.asarray(expert_load)
-        if load.shape != self._row_shape or not np.issubdtype(load.dtype, np.integer):
+        if load.shape != self._form.shape or not np.issubdtype(load.dtype, np.integer):
             raise ValueError(
-                f"expert load is {load.dtype} {list(load.shape)}, expected integers {list(self._row_shape)}"
+                f"expert load is {load.dtype} {list(load.shape)}, expected integers {list(self._form.shape)}"
             )
         if not 0 <= phase < NUM_PHASES:
             raise ValueError(f"phase is {phase}, expected 0 to {NUM_PHASES - 1}")
-        largest = np.iinfo(self._dtype).max
+        largest = np.iinfo(self._form.dtype).max
         if load.min() < 0 or load.max() > largest:
             layer, expert = np.argwhere((load < 0) | (load > largest))[0]
             raise ValueError(
                 f"layer {layer}: expert {expert} has {load[layer, expert]} tokens, expected 0 to {largest}"
             )
-        return cast(_Load, np.ascontiguousarray(load, dtype=self._dtype))
+        return cast(_Load, np.ascontiguousarray(load, dtype=self._form.dtype))
 
     def _publish(self) -> None:
         with self._appending:
-            phases = bytes(self._phases)
-        write_record(self.path, lambda file: self._write_trace(file, phases))
-        self._published_steps = len(phases)
+            steps = self._num_steps
+        write_record(self.path, lambda file: self._write_trace(file, steps))
+        self._published_steps = steps
 
-    def _write_trace(self, file: BinaryIO, phases: bytes) -> None:
-        file.write(_header(self._dtype_name, (len(phases), *self._row_shape), self._metadata))
-        offset, end = 0, len(phases) * self._row_bytes
-        while offset < end:
-            chunk = os.pread(self._open_descriptor(), min(_CHUNK_BYTES, end - offset), offset)
-            if not chunk:
-                raise RecordError(self._partial, Fault("", f"cut short by another program at {offset}"))
-            file.write(chunk)
-            offset += len(chunk)
+    def _write_trace(self, file: BinaryIO, steps: int) -> None:
+        file.write(self._header(steps))
+        phases = bytearray()
+        at_once = max(1, _CHUNK_BYTES // self._form.row_bytes)
+        for start in range(0, steps, at_once):
+            rows = self._read_rows(start, min(at_once, steps - start))
+            file.write(rows[:, : self._form.load_bytes].tobytes())
+            phases += rows[:, self._form.load_bytes].tobytes()
         file.write(phases)
+
+    def _read_rows(self, start: int, count: int) -> NDArray[np.uint8]:
+        """[rows, bytes of a row], `count` of them from row `start` on."""
+        rows = np.empty((count, self._form.row_bytes), dtype=np.uint8)
+        rest, offset = rows.data.cast("B"), self._offset(start)
+        while rest:
+            read = os.preadv(self._open_descriptor(), [rest], offset)
+            if not read:
+                raise RecordError(self._partial, Fault("", f"cut short by another program at {offset}"))
+            rest, offset = rest[read:], offset + read
+        return rows
+
+    def _offset(self, step: int) -> int:
+        return self._start + step * self._form.row_bytes
+
+    def _header(self, steps: int) -> bytes:
+        return _header(self._form.dtype_name, (steps, *self._form.shape), self._form.metadata)
+
+
+def _open_locked(path: Path) -> int:
+    """A descriptor of the file at `path`, made if need be, for the only writer of it.
+
+    Raises BlockingIOError while another is at work on it.
+    """
+    for attempt in range(_LOCK_TRIES):
+        time.sleep(_LOCK_PAUSE_S if attempt else 0)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another writer may have renamed or removed what was opened before it was locked.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _free_name(path: Path) -> Path:
+    """`path` with the first number behind it at which there is nothing."""
+    return next(name for n in count(1) if not os.path.lexists(name := Path(f"{path}.{n}")))
+
+
+def _write_at(descriptor: int, content: bytes, offset: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 def _header(dtype_name: str, shape: Sequence[int], metadata: Mapping[str, str]) -> bytes:
@@ -294,14 +363,14 @@ def _header(dtype_name: str, shape: Sequence[int], metadata: Mapping[str, str]) 
     text = json.dumps(header, ensure_ascii=False).encode()
     # Spaces up to a multiple of 8, so that the counts are aligned in memory.
     text = text.ljust(-(-len(text) // 8) * 8)
-    if len(text) > _MAX_HEADER_BYTES:
-        raise ValueError(f"the trace's header has {len(text)} bytes, expected at most {_MAX_HEADER_BYTES}")
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"the trace's header has {len(text)} bytes, expected at most {MAX_HEADER_BYTES}")
     return struct.pack("<Q", len(text)) + text
 
 
 def _load_dtype(dtype: DTypeLike) -> str:
     """The file's name of int32 or int64."""
-    for name in _LOAD_DTYPES:
+    for name in COUNT_DTYPES:
         if np.dtype(dtype).newbyteorder("<") == _DTYPE_OF_NAME[name]:
             return name
     raise ValueError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
@@ -321,6 +390,12 @@ class _Layout:
         return np.memmap(file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
 
+def _partial(path: _Path, file: BinaryIO) -> LoadTrace:
+    rows = partial_trace.read(path, file)
+    metadata = {**rows.form.metadata, "format_version": FORMAT_VERSION}
+    return LoadTrace(cast(_Load, rows.expert_load), rows.phase, metadata)
+
+
 def _map_trace(path: _Path, file: BinaryIO, size: int) -> LoadTrace:
     header, data_start = _read_header(path, file, size)
     load = _layout(path, header, "expert_load", data_start, size)
@@ -336,7 +411,7 @@ def _read_header(path: _Path, file: BinaryIO, size: int) -> tuple[strict_json.Ob
     if size < 8:
         raise RecordError(path, Fault("", f"{size} bytes, expected a .safetensors file"))
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(_MAX_HEADER_BYTES, size - 8):
+    if length > min(MAX_HEADER_BYTES, size - 8):
         raise RecordError(path, Fault("", f"a header of {length} bytes, expected a .safetensors file"))
     header = strict_json.parse(path, file.read(length))
     if not isinstance(header, dict) or isinstance(header, strict_json.RepeatedKeys):
@@ -346,7 +421,7 @@ def _read_header(path: _Path, file: BinaryIO, size: int) -> tuple[strict_json.Ob
 
 def _layout(path: _Path, header: strict_json.Object, name: str, data_start: int, size: int) -> _Layout:
     """Where tensor `name` lies, checked against the file's size and what a trace has."""
-    dtypes, num_dimensions = (("U8",), 1) if name == "phase" else (_LOAD_DTYPES, 3)
+    dtypes, num_dimensions = (("U8",), 1) if name == "phase" else (COUNT_DTYPES, 3)
     entry = header.get(name)
     if not isinstance(entry, dict):
         raise RecordError(path, Fault(name, "missing, expected a tensor"))
@@ -354,7 +429,7 @@ def _layout(path: _Path, header: strict_json.Object, name: str, data_start: int,
         given = shown(entry.get("dtype"))
         raise RecordError(path, Fault(f"{name}.dtype", f"{given}, expected {' or '.join(dtypes)}"))
     shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
-    if shape is None or len(shape) != num_dimensions or not all(0 < n <= _MAX_ROW_AXIS for n in shape[1:]):
+    if shape is None or len(shape) != num_dimensions or not all(0 < n <= MAX_ROW_AXIS for n in shape[1:]):
         axes = "[steps]" if name == "phase" else "[steps, layers, logical]"
         raise RecordError(path, Fault(f"{name}.shape", f"{shown(entry.get('shape'))}, expected {axes}"))
     dtype = _DTYPE_OF_NAME[str(entry["dtype"])]

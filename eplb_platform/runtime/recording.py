@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from eplb_platform.expert_map import ExpertMap
 from eplb_platform.records import compute_cost
 from eplb_platform.records.fault import Fault, RecordError
 from eplb_platform.records.load_trace import LoadTraceWriter
+
+logger = logging.getLogger(__name__)
 
 
 class MapRecorder:
@@ -68,6 +71,10 @@ class TraceRecorder:
             self._writer = LoadTraceWriter(
                 self._path, num_layers=layers, num_logical_experts=experts, metadata=self._metadata
             )
+            if self._writer.kept is not None:
+                logger.warning(
+                    "the recording before this one was killed: its steps are kept in %s", self._writer.kept
+                )
 
     async def add(self, load: NDArray[np.int64], phase: NDArray[np.uint8]) -> None:
         """load: [steps, layers, logical], tokens over all ranks; phase: [steps]. A trace that could not be
