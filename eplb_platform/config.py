@@ -236,7 +236,9 @@ class EplbConfig(BaseModel):
         "eplb plan --compute-cost reads it.",
     )
     trace_record_path: _TracePath = Field(
-        default=None, description="Where to write the load trace: the expert load of every step."
+        default=None,
+        description="Where to write the load trace: the expert load of every step. Until the end the newest "
+        "steps are in PATH.partial.",
     )
     trace_record_range: _TraceRange = Field(
         default=None,

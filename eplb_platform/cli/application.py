@@ -489,7 +489,9 @@ def advise(
 def bench(
     traces: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[TRACE]...", help="Load traces (.safetensors), one after the other."),
+        typer.Argument(
+            metavar="[TRACE]...", help="Load traces (.safetensors, .partial), one after the other."
+        ),
     ] = None,
     load: Annotated[
         str | None,

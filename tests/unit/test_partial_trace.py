@@ -254,7 +254,6 @@ def test_commands_say_that_more_was_left(path: Path, capsys: pytest.CaptureFixtu
     [
         ("report", ("--ep-size", "1")),
         ("validate", ()),
-        ("simulate", ("--ep-size", "5", "--redundant-experts", "5")),
         ("plan", ("--ep-size", "5", "--num-slots", "10", "-o", "map.json")),
         ("bench", ("--shape", "5x10x5", "--algorithm", "deepseek")),
     ],
