@@ -35,8 +35,9 @@ from eplb_platform.runtime.resizing import Resizing
 from eplb_platform.runtime.served_model import ServedModel, WeightedModel
 from eplb_platform.runtime.stats import BalancerStats
 from eplb_platform.runtime.step_loads import StepLoads
-from eplb_platform.runtime.watchdog import Progress, Waiting
+from eplb_platform.runtime.watchdog import Progress
 from eplb_platform.runtime.weighting import RoutingTables
+from eplb_platform.runtime.whereabouts import Whereabouts
 from eplb_platform.topology import Topology
 
 if TYPE_CHECKING:
@@ -114,15 +115,11 @@ class Balancer:
         self._lend_migrator = lend_migrator
         self._resizes = ResizeMeetings(meetings.plane, link)
         self._fence = RecordFence(self._resizes, link, rules.timeout_s)
-        self._observe_stage = on_stage
         self._profiling = profiling
         self._cost_recorder = cost_recorder
         self._on_close = on_close
-        self._stage: Stage | None = None
-        self._stage_since = 0.0
-        self._waiting: Waiting | None = None
+        self._whereabouts = Whereabouts(link.clock, on_stage)
         self._map_since = link.clock.now()
-        self._step_started: float | None = None
         self._next_cycle = 0
         self._last_start = 0
         self._is_requested = False
@@ -163,7 +160,7 @@ class Balancer:
         """As `step`."""
         if not self.is_active:
             raise ForwardStopped(f"rank {self._link.rank} is not active: it serves after a `resize` with it")
-        started = self._step_started = self._link.clock.now()
+        started = self._whereabouts.enter_step()
         if self._profiling is not None:
             self._profiling.end_pass()
         self.stats.steps += 1
@@ -182,7 +179,7 @@ class Balancer:
         stall = self._link.clock.now() - started
         self.stats.stall_s += stall
         self.stats.longest_stall_s = max(self.stats.longest_stall_s, stall)
-        self._step_started = None
+        self._whereabouts.leave_step()
 
     def pause(self) -> None:
         """Move nothing until `resume`; a running cycle ends on every rank before its next commit is
@@ -350,8 +347,8 @@ class Balancer:
     @property
     def state(self) -> str:
         """closed, inactive, paused, idle, or the stage of the running cycle."""
-        if self._stage is not None:
-            return str(self._stage)
+        if (stage := self._whereabouts.stage) is not None:
+            return str(stage)
         if self._is_closed:
             return "closed"
         return "inactive" if not self.is_active else "paused" if self._is_paused else "idle"
@@ -368,8 +365,7 @@ class Balancer:
         in, or stopped in; 0 outside. stage_running_s: since the running cycle entered its stage; waits_at,
         waits_for: where it has waited long, and the ranks that are missing there.
         """
-        now, step_started = self._link.clock.now(), self._step_started
-        waiting = self._waiting
+        now = self._link.clock.now()
         return {
             "rank": self._link.rank,
             "state": self.state,
@@ -378,10 +374,7 @@ class Balancer:
             "last_cycle_age_s": _since(self._accounts.last_end, now),
             "last_success_age_s": _since(self._accounts.last_success, now),
             "next_cycle_steps": self._steps_to_next_cycle(),
-            "step_running_s": 0.0 if step_started is None else now - step_started,
-            "stage_running_s": 0.0 if self._stage is None else max(0.0, now - self._stage_since),
-            "waits_at": "" if waiting is None else waiting.place,
-            "waits_for": [] if waiting is None else list(waiting.missing),
+            **self._whereabouts.status(now),
             **self.stats.as_dict(),
         }
 
@@ -406,13 +399,7 @@ class Balancer:
 
     def progress(self) -> Progress | None:
         """For the watchdog, from its thread. An engine that makes no passes keeps a cycle in its commit."""
-        now, stage, step_started = self._link.clock.now(), self._stage, self._step_started
-        if step_started is not None and stage is None:
-            return Progress("the forward thread in step", now - step_started)
-        if stage is None or self._is_closed or (stage is Stage.COMMIT and step_started is None):
-            return None
-        what = f"cycle {self._next_cycle - 1}, stage {stage}"
-        return Progress(what, now - self._stage_since, self._waiting)
+        return self._whereabouts.progress(self._next_cycle - 1, is_closed=self._is_closed)
 
     def report_stall(self, line: str) -> None:
         """As `Watched.report_stall`."""
@@ -717,8 +704,8 @@ class Balancer:
             expert_map=self._expert_map,
             tables=self._tables,
             is_ending=self._why_end,
-            on_stage=self._enter,
-            on_wait=self._note_waiting,
+            on_stage=self._whereabouts.enter_stage,
+            on_wait=self._whereabouts.wait_for,
             costs=self._profiling,
             cost_recorder=self._cost_recorder,
             record_objection=lambda: self._fence.objection(self._link.plane),
@@ -729,19 +716,10 @@ class Balancer:
         try:
             self._accounts.add(await cycle.run(), self._last_start)
         finally:
-            self._stage = self._waiting = None
+            self._whereabouts.leave_cycle()
 
     def _why_end(self) -> str:
         return "closing" if self._is_closed else "paused" if self._is_paused else self._wish_to_end
-
-    def _note_waiting(self, waiting: Waiting | None) -> None:
-        self._waiting = waiting
-
-    def _enter(self, stage: Stage) -> None:
-        self._stage_since = self._link.clock.now()
-        self._stage, self._waiting = stage, None
-        if self._observe_stage is not None:
-            self._observe_stage(stage)
 
 
 def _limit(timeout_s: float | None, default_s: float) -> float:
