@@ -36,7 +36,7 @@ def run_contract(backend: str | type[Backend], num_ranks: int, *, device: str = 
     backend: the name of an installed backend, or a class that the processes can import.
     device: as in `torch.device`; for an accelerator rank r gets the device number r modulo their number.
     """
-    with RankPool(num_ranks, timeout_s=150.0) as pool:
+    with RankPool(num_ranks, timeout_s=300.0) as pool:
         return [run_check(pool, backend, name, device=device) for name in clauses(num_ranks)]
 
 
@@ -71,6 +71,7 @@ def _run_on_rank(
 
 
 def _prepare(site: Site, check: Check) -> None:
+    site.meet("all have loaded it")
     if check.connected:
         site.backend.connect(site.store, site.rank, site.num_ranks, check.timeout_s)
         site.backend.warm_up()

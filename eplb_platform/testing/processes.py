@@ -39,8 +39,8 @@ RankFunction = Callable[[int, int, "Store", *Arguments], Value]
 """Called with rank, number of ranks and a store of this call's own; then with the caller's arguments."""
 
 _PRELOADED = ["torch", "torch.distributed", "numba"]
-_START_S = 120.0
-_GRACE_S = 10.0
+_START_S = 600.0
+_GRACE_S = 60.0
 """How long the other ranks may go on after one has failed: enough for their own time-outs to speak."""
 _LOG_TAIL = 3000
 
@@ -225,7 +225,7 @@ def _serve(
     from torch.distributed import PrefixStore, TCPStore
 
     torch.set_num_threads(1)
-    client = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    client = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
     pipe.send_bytes(pickle.dumps((None, None)))
     while True:
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ from eplb_platform.migration.schedule import Chunk
 from eplb_platform.runtime import Balancer, start_balancer
 from eplb_platform.testing.simulated_accelerator import SimulatedDevice, SimulatedStreams
 from eplb_platform.testing.simulated_collective import SimulatedCollective
+from tests.processes.common_end import CommonEnd
 from tests.processes.tagged_model import TaggedModel
 from tests.simulated_backend import SimulatedCollectiveBackend
 
@@ -30,9 +32,12 @@ class ForwardRun:
     """What is asked of one run, the same on every rank."""
 
     steps: int = 160
+    """At least; see `until`."""
+    until: Mapping[str, int] = field(default_factory=dict)
+    """Serve on until the statistics of every rank have at least these numbers."""
     action: str = ""
     """Name of an `ACTIONS` entry, called before every step."""
-    timeout_s: float = 20.0
+    timeout_s: float = 60.0
     verify: bool = True
     mixed_step_times: bool = False
     config: dict[str, object] = field(default_factory=dict)
@@ -183,7 +188,14 @@ def serve_by_forward(rank: int, num_ranks: int, store: Store, run: ForwardRun) -
     wrong = 0
     errors: dict[str, None] = {}
     pauses = random.Random(rank)
-    for step in range(run.steps):
+    end = CommonEnd(store, rank, range(num_ranks))
+    for step in itertools.count():
+        stats = balancer.stats.as_dict()
+        is_enough = step + 2 >= run.steps and all(
+            int(stats[name] or 0) >= number for name, number in run.until.items()
+        )
+        if end.has_come(step, is_enough):
+            break
         if run.action:
             ACTIONS[run.action](balancer, backend, step)
         if run.mixed_step_times:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Exchange: TypeAlias = "Callable[[Sequence[Message], Sequence[Message]], None]"
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "eplb_platform" / "demo" / "checkpoint"
-MODEL_TIMEOUT_S = 30.0
-TRANSFER_TIMEOUT_S = 2.0
+MODEL_TIMEOUT_S = 120.0
+TRANSFER_TIMEOUT_S = 4.0
 FULL_DISK_BYTES = 512
 REQUEST_PASSES = 12
 CONTEXT = 8
@@ -45,7 +45,7 @@ class Fault:
     """stopped, killed, full disk, slow store, store gone, or nothing."""
     record: Path
     rank: int = 2
-    passes: int = 600
+    passes: int = 6000
     """At most; a run ends once it has seen a cycle succeed after the fault."""
 
 
@@ -61,7 +61,6 @@ class Seen:
     records_after: int = 0
     error: str = ""
     """Of the model's own collective."""
-    error_after_s: float = 0.0
     threads_left: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
@@ -144,11 +143,10 @@ def serve_faulty(rank: int, num_ranks: int, store: dist.Store, fault: Fault) -> 
     expected = [_forward(model, rank, number) for number in range(REQUEST_PASSES)]
     injector = Injector(fault, rank, store)
     balancer = _start(model, rank, num_ranks, store, fault, injector)
-    started = time.monotonic()
     try:
         _serve(model, balancer, injector, store, rank, fault, expected, seen)
     except RuntimeError as error:
-        seen.error, seen.error_after_s = str(error), time.monotonic() - started
+        seen.error = str(error)
         dist.destroy_process_group()  # as at the end of its process: others may wait for this rank alone
     finally:
         injector.undo()
@@ -179,7 +177,7 @@ def _start(
         dynamic_eplb=True,
         expert_heat_collection_interval=16,
         algorithm_execution_interval=0,
-        transfer_timeout_s=TRANSFER_TIMEOUT_S if fault.kind == "stopped" else 10.0,
+        transfer_timeout_s=TRANSFER_TIMEOUT_S if fault.kind == "stopped" else 60.0,
         expert_map_record_path=str(fault.record),
         layer_updates_per_step=4,
     )
@@ -189,7 +187,7 @@ def _start(
             injector.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             store.set("port", str(injector.server.port))
         port = int(store.get("port"))
-        theirs = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5))
+        theirs = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
     backend = load_backend("cpu")
     balancer = start_balancer(config, model, backend, theirs, rank)
     backend.exchange = injector.before_transfer(backend.exchange)  # type: ignore[method-assign]

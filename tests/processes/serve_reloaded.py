@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,8 +19,10 @@ from tests.processes.tagged_model import TaggedModel
 
 STEPS_AFTERWARDS = 40
 MOST_STEPS = 4000
-HOLD_S = 3.0
-MEETING_TIMEOUT_S = 2.0
+HOLD_S = 60.0
+ABSENCE_S = 2.0
+"""How long ranks wait for one that does not come."""
+MEETING_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,12 @@ def serve_reloaded(rank: int, num_ranks: int, store: Store, reload: Reload) -> R
         wrong += failed
         balancer.step(load)
         step += 1
+        if reload.stage == "commit":
+            wait_until(lambda: gate._promise is None)  # the verdict is to come well before its boundary
     failed, load = model.forward(step)
     wrong += failed
+    if reload.stage == "commit":
+        wait_until(gate.agreed_action)  # the verdict may reach the ranks at different times
     if rank == reload.ahead_rank or reload.ahead_rank is None:
         balancer.step(load)
     was_pending, was_promised = gate.agreed_action() is not None, gate._promise is not None
@@ -151,18 +158,25 @@ def serve_reloaded(rank: int, num_ranks: int, store: Store, reload: Reload) -> R
     )
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + HOLD_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def _act(balancer: Balancer, model: TaggedModel, initial: ExpertMap, reload: Reload) -> str:
+    timeout_s = MEETING_TIMEOUT_S if reload.absent_rank is None else ABSENCE_S
     try:
         if reload.action == "drain":
-            balancer.drain(timeout_s=MEETING_TIMEOUT_S)
+            balancer.drain(timeout_s=timeout_s)
         elif reload.before:
-            balancer.invalidate(initial, timeout_s=MEETING_TIMEOUT_S)
+            balancer.invalidate(initial, timeout_s=timeout_s)
             model.reload_weights(initial)
         else:
             model.reload_weights(initial)
             if reload.action == "forget":
                 return ""
-            balancer.invalidate(initial, timeout_s=MEETING_TIMEOUT_S)
+            balancer.invalidate(initial, timeout_s=timeout_s)
     except MeetingFailed as failed:
         return str(failed)
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from eplb_backends.cpu import CpuBackend
 from eplb_platform import EplbConfig
 from eplb_platform.backend import Backend, Message
 from eplb_platform.runtime import Balancer, LostExpertsError, ResizeError, start_balancer
+from tests.processes.common_end import CommonEnd
 from tests.processes.serve_by_forward import ObservedBackend, await_forward_stream
 from tests.processes.serve_tagged import DYNAMIC
 from tests.processes.tagged_model import NUM_EXPERTS, NUM_REDUNDANT, TaggedModel, tag
@@ -32,6 +34,9 @@ class Segment:
     fresh: tuple[int, ...] = ()
     """Ranks that come as a process that was just started, without weights."""
     steps: int = 60
+    """At least; see `until`."""
+    until: str = ""
+    """Serve on until every serving rank has counted one more of these statistics: cycles, commits."""
     can_load: bool = False
     timeout_s: float | None = None
     fails_on: int | None = None
@@ -107,14 +112,25 @@ class Server:
         if self.balancer.is_active:
             self.model.use_ranks(segment.active, f"/{number}")
 
-    def serve(self, steps: int, result: ResizeResult) -> None:
-        for _ in range(steps):
+    def serve(self, segment: Segment, ranks: Sequence[int], number: int, result: ResizeResult) -> None:
+        end = CommonEnd(self.store, self.rank, ranks, name=str(number))
+        before = self._counted(segment.until)
+        for passes in itertools.count():
+            if segment.until:
+                has_seen = self._counted(segment.until) > before
+                if end.has_come(passes, has_seen and passes + 2 >= segment.steps):
+                    break
+            elif passes == segment.steps:
+                break
             self.settle()
             wrong, load = self.model.forward(self.step)
             result.wrong_tokens += wrong
             result.served += 1
             self.balancer.step(load)
             self.step += 1
+
+    def _counted(self, name: str) -> int:
+        return int(getattr(self.balancer.stats, name)) if name else 0
 
     def settle(self) -> None:
         """A pass reads its weights on the host, once the device has done what was enqueued."""
@@ -166,7 +182,7 @@ def serve_resized(
             active = segment.active
         balancer = server.balancer
         if balancer.is_active and rank in active and not (set(active) & set(segment.absent)):
-            server.serve(segment.steps, result)
+            server.serve(segment, active, number, result)
         store.set(f"step/{number}", str(server.step)) if rank == active[0] else None
         result.maps.append(balancer.expert_map.physical_to_logical)
         result.active.append(balancer.is_active)

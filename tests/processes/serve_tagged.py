@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -19,15 +20,18 @@ from eplb_platform.balance import balancedness
 from eplb_platform.heat import Phase
 from eplb_platform.migration.schedule import Chunk
 from eplb_platform.runtime import Balancer, Stage, start_balancer
-from tests.processes.tagged_model import NUM_REDUNDANT, TaggedModel
+from tests.processes.common_end import CommonEnd
+from tests.processes.tagged_model import NUM_REDUNDANT, STEPS_PER_TOPIC, TaggedModel
 
 DYNAMIC: dict[str, object] = {
     "dynamic_eplb": True,
     "expert_heat_collection_interval": 12,
     "algorithm_execution_interval": 0,
     "load_windows": 4,
-    "transfer_timeout_s": 20.0,
+    "transfer_timeout_s": 60.0,
 }
+RECORDERS_OWN = frozenset({"trace_steps", "records_written", "failed_records"})
+"""Numbers that only the rank has that records, which is rank 0."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,21 @@ class Run:
     """What is asked of one run, the same on every rank."""
 
     steps: int
+    """At least; see `until`."""
+    until: Mapping[str, int] = field(default_factory=dict)
+    """Serve on until the statistics of every rank have at least these numbers: how many cycles there are in
+    so many passes is up to the machine.
+    """
+    steps_after: int = 0
+    """So many passes more."""
+    steps_per_topic: int = STEPS_PER_TOPIC
     config: dict[str, object] = field(default_factory=lambda: dict(DYNAMIC))
     fault_stage: str = ""
     fault_ranks: tuple[int, ...] = ()
     step_s: float = 0.0
     """Least time that a forward pass takes."""
     stop_in_stage: str = ""
-    """Stop serving, on all ranks at one step, soon after rank 0's cycle has entered this stage."""
+    """End, on all ranks at one step, soon after rank 0's cycle has entered this stage."""
     deploy: tuple[NDArray[np.int32] | None, ...] = ()
     """What each rank deploys at start: [layers, physical], or None."""
     num_redundant_experts: int = NUM_REDUNDANT
@@ -195,7 +207,9 @@ ACTIONS: dict[str, Callable[[Balancer, int], None]] = {
 def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     """Serve `run.steps` forward passes under a balancer and close it."""
     backend = WatchedBackend()
-    model = TaggedModel(backend, store, rank, num_ranks, run.num_redundant_experts)
+    model = TaggedModel(
+        backend, store, rank, num_ranks, run.num_redundant_experts, steps_per_topic=run.steps_per_topic
+    )
     observer = StageObserver(run, rank)
     config = EplbConfig.from_additional_config({"eplb_config": run.config}, environ={})
     deploy = run.map_to_deploy(rank, model.expert_map)
@@ -206,8 +220,12 @@ def serve(rank: int, num_ranks: int, store: Store, run: Run) -> RunResult:
     wrong: list[int] = []
     balanced: list[float] = []
     action = ACTIONS.get(run.action)
-    for step in range(run.steps):
-        if run.stop_in_stage and _is_time_to_stop(store, step, rank, run.stop_in_stage in observer.seen):
+    end = CommonEnd(store, rank, range(num_ranks), steps_after=run.steps_after)
+    for step in itertools.count():
+        if run.until or run.stop_in_stage:
+            if end.has_come(step, is_enough(run, rank, step, balancer, observer.seen)):
+                break
+        elif step == run.steps:
             break
         if action is not None:
             action(balancer, step)
@@ -244,11 +262,16 @@ def phase_of(step: int) -> Phase:
     return Phase(step % len(Phase))
 
 
-def _is_time_to_stop(store: Store, step: int, rank: int, has_entered_stage: bool) -> bool:
-    """Ranks are at most one step apart, so a step that rank 0 names two ahead is one for all."""
-    if rank == 0 and has_entered_stage:
-        store.compare_set("stop", "", str(step + 2))
-    return store.check(["stop"]) and step >= int(store.get("stop"))
+def is_enough(run: Run, rank: int, step: int, balancer: Balancer, stages: Sequence[str]) -> bool:
+    """Whether a rank has seen in this run what it is to be served for."""
+    if run.stop_in_stage:
+        return rank != 0 or run.stop_in_stage in stages
+    stats = balancer.stats.as_dict()
+    return step + 2 >= run.steps and all(
+        int(stats[name] or 0) >= number
+        for name, number in run.until.items()
+        if rank == 0 or name not in RECORDERS_OWN
+    )
 
 
 def _own_balancedness(load: NDArray[np.int64], num_ranks: int) -> float:

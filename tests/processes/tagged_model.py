@@ -20,7 +20,7 @@ TABLE_WIDTH = 16
 TOKENS_PER_STEP = 64
 TOP_K = 2
 STEPS_PER_TOPIC = 200
-MODEL_TIMEOUT_S = 60.0
+MODEL_TIMEOUT_S = 120.0
 
 
 class TaggedModel:
@@ -41,6 +41,7 @@ class TaggedModel:
         active_ranks: Sequence[int] | None = None,
         *,
         joins: bool = False,
+        steps_per_topic: int = STEPS_PER_TOPIC,
     ) -> None:
         topology = Topology(num_ranks, active_ranks=active_ranks)
         self.rank = rank
@@ -49,6 +50,7 @@ class TaggedModel:
         self._slots = self.expert_map.slots_per_rank
         self._store = store
         self._num_ranks = num_ranks
+        self._steps_per_topic = steps_per_topic
         if rank in topology.active_ranks and not joins:
             self.use_ranks(topology.active_ranks, "")
         local = torch.from_numpy(np.array(self.expert_map.by_rank()[:, rank]))
@@ -128,7 +130,7 @@ class TaggedModel:
         load = torch.zeros(NUM_LAYERS, self._slots * self._num_ranks, dtype=torch.int64)
         wrong = 0
         for layer in range(NUM_LAYERS):
-            logical = route(step, self.rank, layer)
+            logical = route(step, self.rank, layer, self._steps_per_topic)
             physical = self._backend.map_and_record(
                 logical, self._tables[layer], self._counts[layer], load[layer], offset=self.rank
             )
@@ -150,10 +152,10 @@ def tag(layer: int, expert: torch.Tensor) -> torch.Tensor:
     return expert.long() + 1000 * (layer + 1)
 
 
-def route(step: int, rank: int, layer: int) -> torch.Tensor:
+def route(step: int, rank: int, layer: int, steps_per_topic: int = STEPS_PER_TOPIC) -> torch.Tensor:
     """int64 [tokens, top_k]: a skewed choice of experts whose favourites move on every few steps."""
     draw = np.random.default_rng((step, rank, layer))
-    topic = step // STEPS_PER_TOPIC
+    topic = step // steps_per_topic
     ranked = np.random.default_rng((topic, layer)).permutation(NUM_EXPERTS)
     popularity = 1.0 / np.arange(1, NUM_EXPERTS + 1)
     chosen = draw.choice(NUM_EXPERTS, size=(TOKENS_PER_STEP, TOP_K), p=popularity / popularity.sum())

@@ -64,7 +64,7 @@ class ForgetsTheTypeOnTheHost(OtherOrderInEachProcess):
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, RankPool]]:
-    with RankPool(1, timeout_s=150.0) as alone, RankPool(2, timeout_s=150.0) as pair:
+    with RankPool(1, timeout_s=300.0) as alone, RankPool(2, timeout_s=300.0) as pair:
         yield {1: alone, 2: pair}
 
 
@@ -99,7 +99,7 @@ def test_a_backend_that_breaks_a_clause_is_found_out(
 
 def warm_up_with(rank: int, num_ranks: int, store: Store) -> str:
     backend = SimulatedBackend(pinned_bytes=4096 * (1 + rank))
-    backend.connect(store, rank, num_ranks, timeout_s=10.0)
+    backend.connect(store, rank, num_ranks, timeout_s=60.0)
     try:
         backend.warm_up()
     except (ValueError, GroupError) as error:

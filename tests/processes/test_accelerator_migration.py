@@ -37,7 +37,7 @@ def migrate_beside_passes(
 ) -> list[str]:
     """What passes saw that they should not have, over all seeds."""
     backend = SimulatedBackend(pinned_bytes=1 << 14)
-    backend.connect(store, rank, num_ranks, timeout_s=30.0)
+    backend.connect(store, rank, num_ranks, timeout_s=120.0)
     faults = [fault for seed in seeds for fault in migrate_once(backend, rank, seed, kind)]
     backend.close()
     return faults
@@ -84,7 +84,7 @@ def fetch_and_verify(migrator: Migrator, chunk: Chunk) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(NUM_RANKS, timeout_s=120.0) as ranks:
+    with RankPool(NUM_RANKS, timeout_s=300.0) as ranks:
         yield ranks
 
 

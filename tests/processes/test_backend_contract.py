@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -24,13 +25,13 @@ Parameter = Sequence[torch.Tensor] | torch.Tensor
 
 @pytest.fixture(scope="module", params=[2, 4])
 def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param, timeout_s=150.0) as pool:
+    with RankPool(request.param, timeout_s=300.0) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
-    with RankPool(2, timeout_s=150.0) as pool:
+    with RankPool(2, timeout_s=300.0) as pool:
         yield pool
 
 
@@ -89,7 +90,7 @@ class ReturnsBeforeItHasSent(CpuBackend):
         def later() -> None:
             CpuBackend.exchange(self, sends, receives)
 
-        worker = threading.Timer(0.05, later)
+        worker = threading.Timer(0.25, later)
         worker.start()
         worker.join(0.01 if sends and sends[0].tensor.numel() > 100_000 else None)
 
@@ -107,8 +108,14 @@ class ReceivesAfterAbort(CpuBackend):
         try:
             super().exchange(sends, receives)
         except GroupError:
-            threading.Timer(0.1, lambda: [message.tensor.fill_(9) for message in receives]).start()
+            threading.Thread(target=self._receive_late, args=(receives,), daemon=True).start()
             raise
+
+    def _receive_late(self, receives: Sequence[Message]) -> None:
+        for moment in range(100):
+            time.sleep(0.01)
+            for message in receives:
+                message.tensor.fill_(moment)
 
 
 class HidesTheTimeOut(CpuBackend):

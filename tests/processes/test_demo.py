@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 EPLB = str(Path(sys.executable).parent / "eplb")
-PATIENCE_S = 120.0
+PATIENCE_S = 400.0
 
 
 def test_quick_demo(tmp_path: Path) -> None:

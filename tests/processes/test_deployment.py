@@ -23,12 +23,12 @@ from tests.processes.tagged_model import NUM_EXPERTS, NUM_LAYERS, NUM_REDUNDANT,
 pytestmark = pytest.mark.processes
 
 NUM_RANKS = 4
-STATIC: dict[str, object] = {"transfer_timeout_s": 30.0}
+STATIC: dict[str, object] = {"transfer_timeout_s": 60.0}
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    with RankPool(NUM_RANKS, timeout_s=90.0) as pool:
+    with RankPool(NUM_RANKS, timeout_s=300.0) as pool:
         yield pool
 
 
@@ -51,7 +51,7 @@ def deployed_everywhere(slots: NDArray[np.int32], num_ranks: int = NUM_RANKS) ->
 def test_a_static_map_is_deployed_and_nothing_moves_afterwards(
     num_ranks: int, options: dict[str, object]
 ) -> None:
-    with RankPool(num_ranks, timeout_s=90.0) as pool:
+    with RankPool(num_ranks, timeout_s=300.0) as pool:
         results = pool.run(serve, deployed_everywhere(some_map(1), num_ranks).on(**options))
     for result in results:
         np.testing.assert_array_equal(result.physical_to_logical, some_map(1))
@@ -60,8 +60,10 @@ def test_a_static_map_is_deployed_and_nothing_moves_afterwards(
 
 
 def test_dynamic_balancing_starts_from_the_deployed_map(ranks: RankPool) -> None:
-    run = replace(deployed_everywhere(some_map(2)), steps=160, config=dict(DYNAMIC))
-    still = ranks.run(serve, replace(run, steps=1))
+    run = replace(
+        deployed_everywhere(some_map(2)), steps=160, config=dict(DYNAMIC), until={"commits": NUM_LAYERS}
+    )
+    still = ranks.run(serve, replace(run, steps=1, until={}))
     moving = ranks.run(serve, run)
     for before, after in zip(still, moving, strict=True):
         np.testing.assert_array_equal(before.physical_to_logical, some_map(2))

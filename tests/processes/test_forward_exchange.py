@@ -22,7 +22,7 @@ NUM_RANKS = 3
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    with RankPool(NUM_RANKS, timeout_s=120.0) as pool:
+    with RankPool(NUM_RANKS, timeout_s=300.0) as pool:
         yield pool
 
 
@@ -35,7 +35,7 @@ def check_served_right(results: list[ForwardResult]) -> None:
 
 
 def test_every_rank_enqueues_the_same_batches_at_the_same_boundaries(ranks: RankPool) -> None:
-    results = ranks.run(serve_by_forward, ForwardRun(mixed_step_times=True))
+    results = ranks.run(serve_by_forward, ForwardRun(until={"commits": NUM_LAYERS}, mixed_step_times=True))
     check_served_right(results)
     for result in results:
         assert result.stats["commits"] >= NUM_LAYERS
@@ -56,7 +56,8 @@ def test_every_rank_enqueues_the_same_batches_at_the_same_boundaries(ranks: Rank
 def test_after_a_failed_exchange_the_forward_threads_make_a_new_group_and_go_on(
     ranks: RankPool, action: str, reason: str, failures: int
 ) -> None:
-    run = ForwardRun(steps=200, action=action, timeout_s=3.0, mixed_step_times=True)
+    until = {"failed_cycles": failures, "commits": NUM_LAYERS}
+    run = ForwardRun(steps=0, until=until, action=action, timeout_s=3.0, mixed_step_times=True)
     results = ranks.run(serve_by_forward, run)
     check_served_right(results)
     for result in results:
@@ -68,7 +69,9 @@ def test_after_a_failed_exchange_the_forward_threads_make_a_new_group_and_go_on(
 
 @pytest.mark.parametrize("action", ["pause_and_resume_often", "drain_often", "reload_often"])
 def test_cycles_that_end_early_leave_no_exchange_behind(ranks: RankPool, action: str) -> None:
-    run = ForwardRun(steps=200, action=action, config={"expert_heat_collection_interval": 1})
+    until = {"cancelled_cycles": 3}
+    config = {"expert_heat_collection_interval": 1}
+    run = ForwardRun(steps=200, until=until, action=action, config=config)
     results = ranks.run(serve_by_forward, run)
     check_served_right(results)
     for result in results:

@@ -23,7 +23,7 @@ EVERY_RANK = tuple(range(NUM_RANKS))
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    with RankPool(NUM_RANKS, timeout_s=120.0) as pool:
+    with RankPool(NUM_RANKS, timeout_s=300.0) as pool:
         yield pool
 
 

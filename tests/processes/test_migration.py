@@ -81,7 +81,7 @@ class Corrupting(CpuBackend):
 
 def connected(kind: type[CpuBackend], store: Store, rank: int) -> CpuBackend:
     backend = kind()
-    backend.connect(store, rank, NUM_RANKS, timeout_s=30.0)
+    backend.connect(store, rank, NUM_RANKS, timeout_s=120.0)
     return backend
 
 
@@ -129,7 +129,7 @@ def migrate(
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(NUM_RANKS) as ranks:
+    with RankPool(NUM_RANKS, timeout_s=300.0) as ranks:
         yield ranks
 
 

@@ -30,7 +30,7 @@ class Environment:
     python: Path
     packages: Path
 
-    def run(self, *arguments: str, folder: Path, timeout_s: float = 60.0) -> str:
+    def run(self, *arguments: str, folder: Path, timeout_s: float = 600.0) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         done = subprocess.run(
             [str(self.python), *arguments],
@@ -116,7 +116,7 @@ def test_it_keeps_the_contract(environment: Environment, tmp_path: Path) -> None
         if "run_contract" in block
     ]
     (tmp_path / "contract.py").write_text(script)
-    lines = environment.run("contract.py", folder=tmp_path, timeout_s=150.0).splitlines()
+    lines = environment.run("contract.py", folder=tmp_path).splitlines()
     kept = [line.split()[0] for line in lines if line.split()[1:2] == ["True"]]
     assert kept == clauses(2), "\n".join(lines)
 

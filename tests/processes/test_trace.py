@@ -20,11 +20,12 @@ pytestmark = pytest.mark.processes
 NUM_RANKS = 4
 DUMMY_STEPS = (0, 30, 31)
 RUN = Run(steps=200, dummy_steps=DUMMY_STEPS, rank_1_dummy_steps=(5, 40))
+MOVED = {"commits": NUM_LAYERS}
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    with RankPool(NUM_RANKS, timeout_s=150.0) as pool:
+    with RankPool(NUM_RANKS, timeout_s=300.0) as pool:
         yield pool
 
 
@@ -61,9 +62,10 @@ def test_the_trace_shows_what_tokens_were_routed_to(
     config = {
         key: str(tmp_path / value) if isinstance(value, str) else value for key, value in config.items()
     }
-    results = ranks.run(serve, RUN.on(trace_record_path=str(path), **config))
+    until = {"trace_steps": RUN.steps // 4, **({} if "dynamic_eplb" in config else MOVED)}
+    results = ranks.run(serve, replace(RUN, until=until).on(trace_record_path=str(path), **config))
     assert [result.wrong_tokens for result in results] == [0] * NUM_RANKS
-    steps = check_trace(path, range(RUN.steps))
+    steps = check_trace(path, range(results[0].steps_served))
     assert steps >= RUN.steps // 4
     assert [result.stats["trace_steps"] for result in results] == [steps, None, None, None]
     assert results[0].stats["failed_cycles"] == 0, results[0].stats["last_error"]
@@ -74,23 +76,27 @@ def test_the_trace_shows_what_tokens_were_routed_to(
 
 def test_only_the_range_is_traced(ranks: RankPool, tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
-    ranks.run(serve, RUN.on(trace_record_path=str(path), trace_record_range="25-60"))
+    run = replace(RUN, until={"trace_steps": 33})
+    ranks.run(serve, run.on(trace_record_path=str(path), trace_record_range="25-60"))
     assert check_trace(path, range(25, 60)) == 33
 
 
 def test_the_file_is_valid_when_a_rank_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
-    with RankPool(NUM_RANKS, timeout_s=60.0) as pool:
-        run = replace(RUN, action="die_late").on(trace_record_path=str(path))
+    with RankPool(NUM_RANKS, timeout_s=300.0) as pool:
+        run = replace(RUN, action="die_late", until={"trace_steps": RUN.steps}).on(
+            trace_record_path=str(path)
+        )
         outcomes = pool.outcomes(serve, run)
     assert outcomes[0].error is not None
-    assert check_trace(path, range(RUN.steps)) >= 1
+    assert check_trace(path, range(10_000)) >= 1
 
 
 def test_a_trace_that_cannot_be_written_ends_nothing(ranks: RankPool, tmp_path: Path) -> None:
     path = tmp_path / "a file, not a folder"
     path.write_text("")
-    results = ranks.run(serve, RUN.on(trace_record_path=str(path / "trace.safetensors")))
+    run = replace(RUN, until={"failed_records": 2, **MOVED})
+    results = ranks.run(serve, run.on(trace_record_path=str(path / "trace.safetensors")))
     assert [result.wrong_tokens for result in results] == [0] * NUM_RANKS
     assert results[0].stats["failed_cycles"] == 0
     assert int(results[0].stats["failed_records"] or 0) >= 2

@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    with RankPool(RANKS, timeout_s=120) as pool:
+    with RankPool(RANKS, timeout_s=300) as pool:
         yield pool
 
 
@@ -89,7 +89,7 @@ def open_model(
     torch.set_num_threads(1)
     if dist.is_initialized():
         dist.destroy_process_group()
-    timeout = timedelta(seconds=20)
+    timeout = timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     return load_expert_parallel(
         folder, rank=rank, num_ranks=num_ranks, backend=CpuBackend(), expert_map=expert_map,
