@@ -7,12 +7,9 @@ it one after the other, in the order in which they are written.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,8 @@ if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     from tests.vllm import checkpoints
-    from tests.vllm.engine import Engine, EngineFailed
-    from tests.vllm.snapshots import layouts, statuses
+    from tests.vllm.engine import Engine
+    from tests.vllm.snapshots import layouts, serve_until, statuses
     from tests.vllm.traffic import KINDS, prompts
 
     PROMPTS = prompts(KINDS, 16)
@@ -59,24 +56,6 @@ else:
         log = tmp_path_factory.mktemp("unbalanced") / "engine.log"
         with Engine(models.demo, log) as engine:
             return engine.generate(PROMPTS, TOKENS).tokens
-
-    @pytest.fixture(scope="session")
-    def failure_s(models: Models, tmp_path_factory: pytest.TempPathFactory, unbalanced: Tokens) -> float:
-        """Seconds from the death of one of two workers until vLLM says so, where nothing is balanced."""
-        log = tmp_path_factory.mktemp("failing") / "engine.log"
-        with Engine(models.demo, log, tensor_parallel_size=2) as engine:
-            assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
-            engine.send_generate(PROMPTS * 16, 200)
-            time.sleep(2.0)
-            return seconds_to_fail(engine)
-
-    def seconds_to_fail(engine: Engine) -> float:
-        """Kill the second worker of an engine that generates, and wait for the error."""
-        os.kill(engine.process.workers()[1], signal.SIGKILL)
-        killed = time.monotonic()
-        with pytest.raises(EngineFailed, match="Engine"):
-            engine.receive_generated(timeout_s=120)
-        return time.monotonic() - killed
 
     @pytest.fixture(scope="module")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -123,8 +102,11 @@ else:
         with Engine(models.demo, folder / "engine.log", tensor_parallel_size=2, eplb=eplb) as engine:
             before = layouts(engine)
             for cycles in (1, 10):
-                while statuses(engine)[0]["cycles"] < cycles and len(rounds) < 30:
-                    rounds.append(engine.generate(PROMPTS, TOKENS).tokens)
+                serve_until(
+                    engine,
+                    lambda status, cycles=cycles: status["cycles"] >= cycles,
+                    lambda: rounds.append(engine.generate(PROMPTS, TOKENS).tokens),
+                )
                 if cycles == 1:
                     shutil.copyfile(folder / "map.json", folder / "first.json")
             engine.generate(PROMPTS[:1], 2)  # what a step's end leaves to the background
@@ -135,4 +117,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engines start slowly on a busy machine: the limit is for what hangs."""
     for item in items:
         if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(600))
+            item.add_marker(pytest.mark.timeout(1800))

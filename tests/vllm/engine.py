@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.vllm.process_session import ProcessSession
+from tests.vllm.process_session import ProcessSession, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_S = 240.0
-CALL_S = 180.0
+START_S = 600.0
+CALL_S = 600.0
 COMMON = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -63,7 +63,7 @@ class Engine:
         self.process = ProcessSession(
             [sys.executable, script, str(write_end)],
             log,
-            {"PYTHONPATH": paths, **(environment or {})},
+            {"PYTHONPATH": paths, "VLLM_PORT": str(free_port()), **(environment or {})},
             stdin=subprocess.PIPE,
             pass_fds=[write_end],
             cwd=log.parent,
@@ -108,13 +108,13 @@ class Engine:
     def receive_generated(self, timeout_s: float = CALL_S) -> Generated:
         return Generated(**self._result(timeout_s))
 
-    def rpc(self, method: str, *arguments: object, timeout_s: float = 60.0) -> list[Any]:
+    def rpc(self, method: str, *arguments: object, timeout_s: float = CALL_S) -> list[Any]:
         """What each worker answers."""
         self._send({"call": "rpc", "method": method, "args": arguments, "timeout_s": timeout_s})
         result: list[Any] = self._result(timeout_s + 10.0)
         return result
 
-    def call(self, method: str, *arguments: object, timeout_s: float = 60.0) -> Any:
+    def call(self, method: str, *arguments: object, timeout_s: float = CALL_S) -> Any:
         """A method of `LLM` by its name."""
         self._send({"call": method, "args": arguments})
         return self._result(timeout_s)
@@ -123,12 +123,12 @@ class Engine:
         """End it now; vLLM takes eight seconds to leave by itself."""
         self.process.kill()
 
-    def leave(self, timeout_s: float = 60.0) -> dict[int, str]:
+    def leave(self, timeout_s: float = 120.0) -> dict[int, str]:
         """Let it leave by itself; return who is still there afterwards."""
         if self.process.popen.stdin is not None:
             self.process.popen.stdin.close()
         self.process.popen.wait(timeout_s)
-        return self.process.wait_until_gone(5.0)
+        return self.process.wait_until_gone(60.0)
 
     # --- the pipe ---
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -21,6 +23,16 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def free_port() -> int:
+    """A port that the kernel gives nobody by itself: it stays free until the process that starts binds it,
+    many seconds later, whatever else runs on the machine.
+    """
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port := random.randrange(15_000, 32_000)))
+            return port
 
 
 class ProcessSession:
@@ -74,14 +86,14 @@ class ProcessSession:
 
     def kill(self) -> None:
         """End all of the session's processes, and take away the shared memory that killed workers leave."""
-        deadline = time.monotonic() + 20.0
+        deadline = time.monotonic() + 120.0
         while (left := self.members()) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
                 self.popen.wait(0.1)
-        self.popen.wait(10.0)
+        self.popen.wait(60.0)
         for path in self._shared_memory:
             path.unlink(missing_ok=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 import urllib.error
@@ -16,17 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from tests.vllm.engine import CALL_S, REPOSITORY
-from tests.vllm.process_session import ProcessSession
+from tests.vllm.process_session import ProcessSession, free_port
 
-READY_S = 300.0
+READY_S = 900.0
 VLLM = str(Path(sys.executable).with_name("vllm"))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Server:
@@ -66,7 +58,7 @@ class Server:
         raise RuntimeError(f"the server did not become ready\n{self.process.log_tail()}")
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=CALL_S) as response:
             text: str = response.read().decode()
             return text
 

@@ -24,7 +24,7 @@ from eplb_platform.integrations.vllm.device_platform import DevicePlatform  # no
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "eplb_platform" / "demo" / "checkpoint"
 EXPERTS, LAYERS = 64, 4
-START_S = 170.0
+START_S = 600.0
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import numpy as np
 from eplb_platform.expert_map import ExpertMap
 from tests.vllm.conftest import PROMPTS, TOKENS, Models
 from tests.vllm.engine import Engine
+from tests.vllm.snapshots import serve_until, serve_until_idle
 
 
 def test_stages_are_balanced_apart_and_recorded_together(
@@ -27,10 +28,14 @@ def test_stages_are_balanced_apart_and_recorded_together(
     }
     layout = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enforce_eager": False}
     with Engine(models.demo, tmp_path / "engine.log", eplb=eplb, **layout) as engine:
-        for _ in range(3):
+
+        def serve() -> None:
             assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+
+        serve_until(engine, lambda status: status["moved_experts"] > 0, serve)
         engine.rpc("eplb_pause")
-        assert engine.generate(PROMPTS, TOKENS).tokens == unbalanced
+        serve()
+        serve_until_idle(engine, PROMPTS[:2])
         snapshots = engine.rpc("eplb_snapshot")
     assert [(shot["stage"], shot["rank"]) for shot in snapshots] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     tables = []

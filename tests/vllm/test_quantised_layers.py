@@ -90,6 +90,6 @@ def move(rank: int, num_ranks: int, store: Store, block: int | None) -> tuple[li
 @pytest.mark.parametrize("block", [None, BLOCK], ids=["per tensor", "per block"])
 def test_scales_and_biases_follow_the_weights(block: int | None) -> None:
     scale = "weight_scale" if block is None else "weight_scale_inv"
-    for equal, names in run_ranks(move, RANKS, block):
+    for equal, names in run_ranks(move, RANKS, block, timeout_s=300.0):
         assert {"w13_weight", "w2_weight", f"w13_{scale}", f"w2_{scale}", "w13_bias"} <= set(names)
         assert equal == names

@@ -44,7 +44,9 @@ class Probe:
         return list(runner.eplb_state.model_states.values())
 
     def probe_stop_at_fetch(self, sign: str) -> None:
-        """From now on a transfer of this worker stops half way, and the file `sign` says so."""
+        """From now on a transfer of this worker stops half way, and the file `sign` says so; it goes on once
+        that file is gone.
+        """
         import time
         from pathlib import Path
 
@@ -54,7 +56,9 @@ class Probe:
 
         def stop(migrator: Any, *args: Any, **kwargs: Any) -> Any:
             Path(sign).touch()
-            time.sleep(5.0)
+            deadline = time.monotonic() + 60.0
+            while Path(sign).exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
             return fetch(migrator, *args, **kwargs)
 
         Migrator.fetch = stop  # type: ignore[method-assign]
