@@ -250,16 +250,17 @@ class Backend(ABC):
 
     # --- weights ---
 
-    def check_moved_together(  # noqa: B027  # most devices part nothing
+    def check_moved_together(  # noqa: B027  # most devices couple nothing
         self,
         layer: Mapping[str, Sequence[torch.Tensor] | torch.Tensor],
         moved: Sequence[str],
         *,
         slots: int,
     ) -> None:
-        """Raise `ValueError` unless the moved tensors of a layer are all that belongs to its experts.
+        """Raise `ValueError` unless the moved tensors of a layer are all that the device needs together.
 
-        Forward thread, at start, for models that name the tensors of their layers (`NamedModel`).
+        Forward thread, at start, for models that name the tensors of their layers (`NamedModel`), after a
+        check for every device that no tensor of an expert stays behind.
         layer: tensors by name; moved: those that balancing moves; slots: physical experts on this rank
         """
 

@@ -13,7 +13,7 @@ Run with transformers 4.56.2 and 5.23.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,9 @@ rounding, for the smallest matrices (seen: below four rows); from one block on, 
 nothing."""
 
 MAX_REPLICA_COLUMNS = 1024
+
+ROUTING = frozenset({"gate", "logical_to_physical", "replica_count", "load"})
+"""Tensors of a MoE layer that belong to no slot, of whatever length."""
 
 TIMED_PARTS = 2
 """An expert's work comes in two matrix products, before and after the activation."""
@@ -163,7 +166,8 @@ class ExpertParallelMoe(nn.Module):
         self.group = group
         self.backend = backend
         self.offset = offset
-        self.num_physical_experts = group.num_ranks * len(gate_up)
+        self.num_slots = len(gate_up)
+        self.num_physical_experts = group.num_ranks * self.num_slots
         self.logical_to_physical = torch.empty(0)
         self.replica_count = torch.empty(0)
         self.load = torch.empty(0)
@@ -174,6 +178,17 @@ class ExpertParallelMoe(nn.Module):
     def expert_weights(self) -> list[torch.Tensor]:
         """All that belongs to the experts of this rank's slots, [slots, ...] each."""
         return [self.gate_up, self.down]
+
+    @property
+    def tensors_of_experts(self) -> dict[str, torch.Tensor]:
+        """All that this layer keeps with one entry for each slot, moved or not, by name."""
+        held = {**vars(self), **dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in ROUTING and tensor.shape[:1] == (self.num_slots,)
+        }
 
     def measure_with(self, profiling: ComputeProfiling, layer: int) -> None:
         """Time the experts as this layer of the expert map, in the passes that `profiling` measures."""
@@ -271,7 +286,7 @@ class ExpertParallelMoe(nn.Module):
 
     def _plan(self, counts: torch.Tensor) -> ExchangePlan:
         received = torch.empty_like(counts)
-        slots = len(self.gate_up)
+        slots = self.num_slots
         each = [slots] * self.group.num_ranks
         self.group.all_to_all(received, counts, each, each)
         both = torch.stack((counts, received)).view(2, -1, slots).cpu().numpy()
@@ -324,6 +339,10 @@ class ExpertParallelModel:
     def expert_weights(self) -> list[list[torch.Tensor]]:
         """[layer][gate and up, down]: [slots, 2 * intermediate, hidden] and [slots, hidden, intermediate]."""
         return [block.expert_weights for block in self._blocks]
+
+    def layer_tensors(self, layer: int) -> Mapping[str, torch.Tensor]:
+        """All that a layer of the expert map keeps for this rank's slots, moved or not, by name."""
+        return self._blocks[layer].tensors_of_experts
 
     @property
     def expert_map(self) -> ExpertMap:

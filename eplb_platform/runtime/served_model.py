@@ -80,12 +80,13 @@ class MeasuredModel(ServedModel, Protocol):
 
 
 class NamedModel(ServedModel, Protocol):
-    """A model that names what its layers keep for each expert, for backends to see if all moves."""
+    """A model that names what its layers keep for each expert: no balancer starts that would part it."""
 
     def layer_tensors(self, layer: int) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
         """All that the layer keeps for the experts of this rank's slots, by name, moved or not.
 
         Copies that an engine derives (of scales in another type, say) are among them. Those in
-        `expert_weights` are known by their memory.
+        `expert_weights` are known by their memory. One entry for each slot in any other is refused, so that
+        routers, counters and tensors that all experts share are to be left out.
         """
         ...

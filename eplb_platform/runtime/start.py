@@ -31,11 +31,12 @@ from eplb_platform.runtime.deployment import Deployment
 from eplb_platform.runtime.gate import ForwardGate
 from eplb_platform.runtime.locked_heat import LockedHeat
 from eplb_platform.runtime.meeting import ForwardMeetings
+from eplb_platform.runtime.moved_together import check_moved_together
 from eplb_platform.runtime.planning import AlgorithmPlanner, LoadHistory
 from eplb_platform.runtime.ports import Background, CostRecorder, Planner, Recorder, Tracer, run_blocking
 from eplb_platform.runtime.production import BackendGroup, BackgroundThread, ThreadClock
 from eplb_platform.runtime.recording import ComputeCostRecorder, MapRecorder, TraceRecorder
-from eplb_platform.runtime.served_model import MeasuredModel, NamedModel, ServedModel, WeightedModel
+from eplb_platform.runtime.served_model import MeasuredModel, ServedModel, WeightedModel
 from eplb_platform.runtime.step_loads import StepLoads
 from eplb_platform.runtime.store_plane import StoreControlPlane
 from eplb_platform.runtime.watchdog import Watchdog
@@ -102,7 +103,8 @@ def start_balancer(
     if rank == members[0]:
         _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
-    _check_moved_together(model, backend)
+    if config.moves_experts or deploy is not None:
+        check_moved_together(model, backend)
     num_ranks = model.expert_map.topology.num_ranks
     initial = model.expert_map
     check_survival(
@@ -261,28 +263,6 @@ def _client_of(store: Store) -> Store:
     """A client of the same store, so that no call waits for another thread's."""
     clone: Callable[[], Store] = store.clone  # type: ignore[attr-defined]  # missing from torch's stubs
     return clone()
-
-
-def _check_moved_together(model: ServedModel, backend: Backend) -> None:
-    """Of every layer of a model that names its tensors: whether all that belongs to an expert moves."""
-    if not hasattr(model, "layer_tensors"):
-        return
-    named = cast(NamedModel, model)
-    for layer, parameters in enumerate(named.expert_weights):
-        tensors = named.layer_tensors(layer)
-        addresses = {parameter[0].data_ptr() for parameter in parameters}
-        moved = [
-            name for name, tensor in tensors.items() if len(tensor) and tensor[0].data_ptr() in addresses
-        ]
-        if len(moved) < len(parameters):
-            raise ValueError(
-                f"layer {layer}: {len(parameters)} parameters are in expert_weights, and "
-                f"{len(moved)} of them in layer_tensors ({', '.join(moved) or 'none'})"
-            )
-        try:
-            backend.check_moved_together(tensors, moved, slots=named.expert_map.slots_per_rank)
-        except ValueError as error:
-            raise ValueError(f"layer {layer}: {error}") from error
 
 
 def _warn_of_keys_without_effect(config: EplbConfig) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from eplb_backends.cpu import CpuBackend
 from eplb_platform.expert_map import ExpertMap
+from eplb_platform.runtime.moved_together import check_moved_together
 from eplb_platform.testing.processes import RankPool
 from eplb_platform.topology import Topology
 
@@ -301,3 +302,16 @@ def test_a_folder_that_will_not_do_is_one_clear_line(
         load_expert_parallel(tmp_path, rank=0, num_ranks=1, backend=CpuBackend())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scale_that_a_layer_keeps_for_its_slots_has_to_move(checkpoint: Path) -> None:
+    """With one rank the router's rows and the tables are as many as the slots, and do not count."""
+    from eplb_platform.integrations.transformers import load_expert_parallel
+
+    model = load_expert_parallel(checkpoint, rank=0, num_ranks=1, backend=CpuBackend())
+    check_moved_together(model, CpuBackend())
+    model.blocks[1].register_buffer("down_scale", torch.ones(EXPERTS, 1))
+    with pytest.raises(
+        ValueError, match=r"^layer 1: down_scale would stay where they are while gate_up, down "
+    ):
+        check_moved_together(model, CpuBackend())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -119,6 +120,13 @@ def test_no_balancer_starts_that_would_leave_a_scale_behind(
         start_balancer(CONFIG, W8A8(left), backend, store, 0)
 
 
+def test_where_nothing_moves_nothing_has_to_move_together(
+    backend: HostAscend, store: TCPStore, tmp_path: Path
+) -> None:
+    config = EplbConfig(expert_map_record_path=str(tmp_path / "map.json"))
+    start_balancer(config, W8A8("w2_weight_scale"), backend, store, 0).close()
+
+
 def test_tensors_that_the_layer_does_not_name_are_noticed(backend: HostAscend, store: TCPStore) -> None:
     model = W8A8()
     model.expert_weights[1].append(torch.zeros(SLOTS, 3))
@@ -131,4 +139,3 @@ def test_a_backend_that_reads_no_group_lists_says_so(store: TCPStore) -> None:
     load = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="backend 'cpu' lacks record_group_list"):
         cpu.record_group_list(load, load, 0, first_slot=0)
-    start_balancer(CONFIG, W8A8("w2_weight_scale"), cpu, store, 0).close()

@@ -57,6 +57,13 @@ def test_a_map_is_recorded_before_the_first_request(engine: Engine, recorded: Pa
     assert statuses(engine)[0]["cycles"] == 0
 
 
+def test_all_that_layers_keep_for_an_expert_moves(engine: Engine) -> None:
+    """Nothing is refused and nothing doubted in the layers that vLLM has prepared for its kernels."""
+    tensors = engine.rpc("probe_layer_tensors")
+    assert tensors == [[["w13_weight", "w2_weight"]] * LAYERS] * 2
+    assert "not moved with the experts" not in engine.process.log.read_text(errors="replace")
+
+
 def test_tokens_stay_while_experts_move(engine: Engine, unbalanced: Tokens) -> None:
     serve_until(
         engine,

@@ -43,6 +43,15 @@ class Probe:
         runner = self.model_runner  # type: ignore[attr-defined]
         return list(runner.eplb_state.model_states.values())
 
+    def probe_layer_tensors(self) -> list[list[str]]:
+        """Of each layer of the main model: the names of what it keeps for its experts, moved or not."""
+        from eplb_platform.integrations.vllm.eplb_state import balancing_of
+
+        balancing = balancing_of(self.model_runner.eplb_state)  # type: ignore[attr-defined]
+        assert balancing is not None and balancing._main is not None
+        model = balancing._main.model
+        return [sorted(model.layer_tensors(layer)) for layer in range(model.expert_map.num_layers)]
+
     def probe_stop_at_fetch(self, sign: str) -> None:
         """From now on a transfer of this worker stops half way, and the file `sign` says so; it goes on once
         that file is gone.

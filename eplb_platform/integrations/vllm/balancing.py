@@ -74,6 +74,8 @@ class EngineBalancing:
         device_type = state.expert_load_pass.device.type
         backend = load_backend(config.backend, device_type=device_type, **config.backend_arguments)
         model.write_through(backend)
+        if group.rank == 0 and config.moves_experts:
+            model.warn_of_doubtful_tensors()
         name = f"model-{len(self._balanced)}"
         if is_main:
             group.publish_layers(model.expert_map.num_layers)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.vllm import kernel_timing
+from eplb_platform.integrations.vllm.layer_tensors import LayerTensors, tensors_of
 from eplb_platform.integrations.vllm.table_writer import TableWriter
 from eplb_platform.runtime.compute_profiling import ComputeProfiling, KernelTimers
 from eplb_platform.topology import Topology
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from eplb_platform.backend import Backend
 
+logger = logging.getLogger(__name__)
 
 WEIGHTED_COLUMNS = 64
 """Entries in which the replicas of an expert take unequal shares; vLLM's tables have room for 1,024."""
@@ -66,6 +69,33 @@ class VllmModel:
             [parameter.detach() for parameter in parameters]
             for parameters in self._state.model.expert_weights
         ]
+
+    def layer_tensors(self, layer: int) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+        """By vLLM's names: the layer's `expert_weights`, and what else is an expert's for certain.
+
+        The latter does not move: a copy that a kernel made of scales, say.
+        """
+        return self._tensors_of(layer).of_experts
+
+    def warn_of_doubtful_tensors(self) -> None:
+        """One line about tensors that do not move and may be an expert's, if there are any."""
+        layers_of: dict[str, list[int]] = {}
+        for layer in range(self._expert_map.num_layers):
+            for name, tensor in self._tensors_of(layer).doubtful.items():
+                layers_of.setdefault(f"{name} {list(tensor.shape)}", []).append(layer)
+        if layers_of:
+            logger.warning(
+                "%s: %s: not moved with the experts, and they may belong to them; if they do, tokens will be "
+                "wrong: compare outputs with those of an engine without eplb_config",
+                self.model_name,
+                "; ".join(f"{name} in {len(layers)} layers" for name, layers in layers_of.items()),
+            )
+
+    def _tensors_of(self, layer: int) -> LayerTensors:
+        runner = self._state.model.moe_layers[layer]
+        parameters = [parameter.detach() for parameter in self._state.model.expert_weights[layer]]
+        experts = getattr(runner, "routed_experts", runner)
+        return tensors_of(experts, parameters, self._expert_map.slots_per_rank)
 
     @property
     def expert_map(self) -> ExpertMap:
