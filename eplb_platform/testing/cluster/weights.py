@@ -169,8 +169,3 @@ def _chunk(content: object) -> Chunk:
 
     assert isinstance(content, Chunk)
     return content
-
-
-def expected_tags(rows: NDArray[np.int32], num_ranks: int) -> NDArray[np.int32]:
-    """[layers, ranks, slots]: the experts that maps with these rows [layers, physical] put there."""
-    return rows.reshape(len(rows), num_ranks, -1)
