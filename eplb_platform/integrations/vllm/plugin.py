@@ -6,10 +6,11 @@ inspects models in one) pays nothing.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from eplb_platform.integrations.vllm.compatibility import replace
 from eplb_platform.integrations.vllm.import_hook import when_imported
 
 if TYPE_CHECKING:
@@ -29,10 +30,16 @@ def install() -> None:
 
 
 def _wrap_front_end(arg_utils: ModuleType) -> None:
-    """`eplb_config` becomes flags of vLLM for as long as vLLM builds its own configuration."""
-    create: Any = arg_utils.EngineArgs.create_engine_config
+    replace(arg_utils.EngineArgs, "create_engine_config", _with_eplb_config)
 
-    @functools.wraps(create)
+
+def _wrap_workers(worker_base: ModuleType) -> None:
+    replace(worker_base.WorkerBase, "__init__", _with_balancing)
+
+
+def _with_eplb_config(create: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    """`eplb_config` becomes flags of vLLM for as long as vLLM builds its own configuration."""
+
     def create_engine_config(
         self: EngineArgs, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> VllmConfig:
@@ -47,21 +54,19 @@ def _wrap_front_end(arg_utils: ModuleType) -> None:
                 return create(self, usage_context, *args, **kwargs)
             cpu_platform.admit_eplb()
             with configuration.applied(self, serving):
-                vllm_config: VllmConfig = create(self, usage_context, *args, **kwargs)
+                vllm_config = create(self, usage_context, *args, **kwargs)
             configuration.check_built(vllm_config, serving)
         except ConfigError as error:
             configuration.fail(error, usage_context)
         metrics.prepare_front_end()
         return vllm_config
 
-    arg_utils.EngineArgs.create_engine_config = create_engine_config
+    return create_engine_config
 
 
-def _wrap_workers(worker_base: ModuleType) -> None:
+def _with_balancing(initialise: Callable[..., None]) -> Callable[..., None]:
     """A worker whose engine asked for balancing gets it; others stay as they are."""
-    initialise: Any = worker_base.WorkerBase.__init__
 
-    @functools.wraps(initialise)
     def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         initialise(self, vllm_config, *args, **kwargs)
         # Not additional_config: on Ascend our keys are not in it.
@@ -75,4 +80,4 @@ def _wrap_workers(worker_base: ModuleType) -> None:
 
             equip(self, vllm_config, config)
 
-    worker_base.WorkerBase.__init__ = __init__
+    return __init__
