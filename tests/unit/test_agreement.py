@@ -15,7 +15,7 @@ from eplb_platform.runtime.production import ThreadClock
 from eplb_platform.runtime.store_plane import StoreControlPlane
 
 NUM_RANKS = 4
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 
 
 def join(

@@ -91,7 +91,7 @@ def test_a_cycle_plans_on_what_the_operators_reported(
     load = torch.zeros(LAYERS, SLOTS, dtype=torch.int64)
     reader: DeferredReader[ExpertMap] = DeferredReader(backend, load.shape, load.dtype)
     counts = torch.tensor([[3, 0, 5, 1], [0, 0, 2, 7]], dtype=torch.int32)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     try:
         while not planner.loads:
             assert time.monotonic() < deadline, balancer.stats

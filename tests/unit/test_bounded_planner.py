@@ -24,7 +24,7 @@ from eplb_platform.topology import Topology
 CURRENT = ExpertMap.initial(1, 4, Topology(2))
 PLANNED = ExpertMap(np.array([[3, 2, 1, 0]]), 4, Topology(2))
 LOAD = np.ones((1, 1, 4), dtype=np.int64)
-TIMEOUT_S = 0.2
+TIMEOUT_S = 1.0
 
 
 def bounded(planner: Planner, timeout_s: float = TIMEOUT_S) -> BoundedPlanner:
@@ -45,7 +45,7 @@ class Slow:
 
     async def plan(self, load: ExpertLoad, current: ExpertMap) -> ExpertMap:
         self.asked += 1
-        self.may_answer.wait(10)
+        self.may_answer.wait(120)
         return PLANNED if self.asked > 1 else CURRENT
 
 
@@ -57,13 +57,13 @@ class Wrong:
 def test_a_planner_that_is_left_behind_is_asked_again_only_after_its_answer() -> None:
     slow = Slow()
     planner = bounded(slow)
-    with pytest.raises(PlannerTimeout, match=r"Slow gave no plan within 0\.2 s"):
+    with pytest.raises(PlannerTimeout, match=r"Slow gave no plan within 1 s"):
         run_blocking(planner.plan(LOAD, CURRENT))
     with pytest.raises(PlannerTimeout, match="Slow has not answered an earlier question yet"):
         run_blocking(planner.plan(LOAD, CURRENT))
     assert slow.asked == 1
     slow.may_answer.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             assert run_blocking(planner.plan(LOAD, CURRENT)) == PLANNED, "the late answer was used"
@@ -101,7 +101,7 @@ def test_an_engine_drains_and_closes_beside_a_planner_that_never_answers() -> No
     balancer = start_balancer(config, OneLayer(), load_backend("cpu"), store, 0, planner=slow)
     for _ in range(2):
         balancer.step(np.ones((1, 4), dtype=np.int64))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not slow.asked and time.monotonic() < deadline:
         time.sleep(0.01)
     balancer.drain()

@@ -295,7 +295,7 @@ def test_the_page_s_script_runs(tmp_path: Path) -> None:
     # In a function: its names must not meet those of the stub.
     program = tmp_path / "page.js"
     program.write_text(f"{DOCUMENT}{stub}(() => {{{script}}})();{PROBE}")
-    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["summary"] == "40 steps with tokens, 0 without, from step 0; 3 layers of 8 experts."

@@ -64,7 +64,7 @@ def test_a_second_thread_is_refused_while_a_call_runs(balancer: Balancer) -> Non
 
     def join() -> None:
         try:
-            balancer.resize([0, 1], timeout_s=0.5)
+            balancer.resize([0, 1], timeout_s=3.0)
         except RuntimeError as error:
             said.append(str(error))
 

@@ -128,12 +128,12 @@ def test_it_is_sent_to_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_answer_that_drips_is_given_up(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_status, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(engine_status, "TIMEOUT_S", 2.0)
 
     def drip() -> None:
         call, _ = listener.accept()
         with call, suppress(OSError):
-            for letter in b"HTTP/1.1 200 " + b"K" * 30:  # the line never ends in time
+            for letter in b"HTTP/1.1 200 " + b"K" * 200:  # the line never ends in time
                 call.sendall(bytes([letter]))
                 time.sleep(0.05)
 
