@@ -29,7 +29,7 @@ def check_moved_together(model: ServedModel, backend: Backend) -> None:
         tensors = named.layer_tensors(layer)
         moved = _moved(tensors, parameters)
         try:
-            _check_all_named(moved, parameters)
+            _check_all_named(tensors, moved, parameters)
             _check_none_stays(tensors, moved, slots)
             backend.check_moved_together(tensors, moved, slots=slots)
         except ValueError as error:
@@ -38,16 +38,25 @@ def check_moved_together(model: ServedModel, backend: Backend) -> None:
 
 def _moved(tensors: Mapping[str, _Tensors], parameters: Sequence[_Tensors]) -> list[str]:
     """The names of those that are in `expert_weights`, known by their memory."""
-    addresses = {parameter[0].data_ptr() for parameter in parameters}
-    return [name for name, tensor in tensors.items() if len(tensor) and tensor[0].data_ptr() in addresses]
+    addresses = {_address(parameter) for parameter in parameters}
+    return [name for name, tensor in tensors.items() if len(tensor) and _address(tensor) in addresses]
 
 
-def _check_all_named(moved: Sequence[str], parameters: Sequence[_Tensors]) -> None:
-    if len(moved) < len(parameters):
+def _check_all_named(
+    tensors: Mapping[str, _Tensors], moved: Sequence[str], parameters: Sequence[_Tensors]
+) -> None:
+    """Several parameters may be views of the same memory under one name."""
+    addresses = {_address(tensors[name]) for name in moved}
+    named = sum(_address(parameter) in addresses for parameter in parameters)
+    if named < len(parameters):
         raise ValueError(
             f"{len(parameters)} parameters are in expert_weights, and "
-            f"{len(moved)} of them in layer_tensors ({', '.join(moved) or 'none'})"
+            f"{named} of them in layer_tensors ({', '.join(moved) or 'none'})"
         )
+
+
+def _address(tensors: _Tensors) -> int:
+    return tensors[0].data_ptr()
 
 
 def _check_none_stays(tensors: Mapping[str, _Tensors], moved: Sequence[str], slots: int) -> None:

@@ -52,6 +52,15 @@ def test_nothing_of_an_expert_stays_on_any_device(left: str, other: str) -> None
         check_moved_together(Named(left), CpuBackend())
 
 
+def test_one_name_may_stand_for_two_parameters_of_the_same_memory() -> None:
+    model = Named()
+    for parameters in model.expert_weights:
+        weight = parameters[0]
+        assert isinstance(weight, torch.Tensor)
+        parameters.append(weight.view(SLOTS, -1))
+    check_moved_together(model, CpuBackend())
+
+
 # --- a layer of vLLM's ---
 
 

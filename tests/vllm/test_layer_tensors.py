@@ -27,14 +27,17 @@ from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization import fp8 as vllm_fp8
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQMoEMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w4a4_nvfp4,
     compressed_tensors_moe_w8a8_fp8,
     compressed_tensors_moe_w8a8_int8,
     compressed_tensors_moe_wna16,
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
-from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
+from vllm.model_executor.layers.quantization.modelopt import ModelOptFp8MoEMethod, ModelOptNvFp4FusedMoE
 from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
 
 from eplb_platform.integrations.vllm.layer_tensors import LayerTensors, tensors_of
@@ -45,7 +48,9 @@ PER_CHANNEL = SimpleNamespace(strategy=QuantizationStrategy.CHANNEL, dynamic=Tru
 PER_TENSOR = SimpleNamespace(strategy=QuantizationStrategy.TENSOR, dynamic=False)
 
 
-def layer_of(method_class: type[FusedMoEMethodBase], **attributes: Any) -> RoutedExperts:
+def layer_of(
+    method_class: type[FusedMoEMethodBase], *, prepared: bool = False, **attributes: Any
+) -> RoutedExperts:
     """A layer with the parameters that vLLM's method gives it, and with what its kernel would be told."""
     layer = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(layer)
@@ -69,9 +74,29 @@ def layer_of(method_class: type[FusedMoEMethodBase], **attributes: Any) -> Route
         )
     for name, parameter in layer.named_parameters():
         fill_by_slot(parameter.data, equal=name in SHARED)
-    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     layer.quant_method = method
+    if prepared:
+        prepare(layer)
+    else:
+        method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     return layer
+
+
+def prepare(layer: RoutedExperts) -> None:
+    """As vLLM does after loading, but for the kernel, which keeps nothing of its own here."""
+
+    def make_kernel(*, moe_quant_config: FusedMoEQuantConfig, **arguments: object) -> SimpleNamespace:
+        experts = SimpleNamespace(quant_config=moe_quant_config)
+        experts.process_weights_after_loading = lambda layer: None
+        return SimpleNamespace(fused_experts=experts)
+
+    layer.moe_config = SimpleNamespace(moe_parallel_config=SimpleNamespace(enable_eplb=False))
+    layer.quant_method.experts_cls = object
+    with (
+        mock.patch.object(vllm_fp8, "make_fp8_moe_kernel", make_kernel),
+        mock.patch.object(compressed_tensors_moe_w4a4_nvfp4, "make_nvfp4_moe_kernel", make_kernel),
+    ):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def fill_by_slot(tensor: torch.Tensor, *, equal: bool) -> None:
@@ -79,9 +104,10 @@ def fill_by_slot(tensor: torch.Tensor, *, equal: bool) -> None:
         tensor[slot] = torch.full(tensor[slot].shape, 1 if equal else slot + 1).to(tensor.dtype)
 
 
-def fp8(block: int | None) -> RoutedExperts:
+def fp8(block: int | None, *, prepared: bool = False) -> RoutedExperts:
     return layer_of(
         Fp8MoEMethod,
+        prepared=prepared,
         quant_config=SimpleNamespace(
             activation_scheme="dynamic" if block else "static", is_checkpoint_fp8_serialized=True
         ),
@@ -145,6 +171,34 @@ def gptq() -> RoutedExperts:
     )
 
 
+def awq() -> RoutedExperts:
+    return layer_of(
+        AutoAWQMoEMethod,
+        input_dtype=None,
+        wna16_moe_backend=WNA16MoEBackend.MARLIN,
+        quant_config=SimpleNamespace(pack_factor=8, group_size=32, weight_bits=4, zero_point=True),
+    )
+
+
+def nvfp4_of_compressed_tensors() -> RoutedExperts:
+    return layer_of(
+        compressed_tensors_moe_w4a4_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod,
+        prepared=True,
+        group_size=16,
+        use_a16=False,
+        use_global_sf=False,
+        nvfp4_backend=NvFp4MoeBackend.EMULATION,
+    )
+
+
+def fp8_of_modelopt() -> RoutedExperts:
+    return layer_of(
+        ModelOptFp8MoEMethod,
+        quant_config=SimpleNamespace(is_checkpoint_fp8_serialized=True),
+        fp8_backend=Fp8MoeBackend.TRITON,
+    )
+
+
 def nvfp4() -> RoutedExperts:
     return layer_of(
         ModelOptNvFp4FusedMoE,
@@ -159,16 +213,20 @@ LAYERS: dict[str, tuple[Callable[[], RoutedExperts], str]] = {
     "unquantised": (lambda: layer_of(UnquantizedFusedMoEMethod), "w13_bias"),
     "fp8 per tensor": (lambda: fp8(None), "w13_weight_scale"),
     "fp8 per block": (lambda: fp8(BLOCK), "w2_weight_scale_inv"),
+    "fp8 per block, prepared": (lambda: fp8(BLOCK, prepared=True), "w13_weight_scale_inv"),
+    "fp8 of modelopt": (fp8_of_modelopt, "w13_weight_scale"),
     "fp8 of compressed-tensors": (lambda: fp8_of_compressed_tensors(PER_TENSOR), "w2_weight_scale"),
     "fp8 per channel": (lambda: fp8_of_compressed_tensors(PER_CHANNEL), "w2_weight_scale"),
     "int8": (int8, "w13_weight_scale"),
     "int4": (int4, "w13_weight_zero_point"),
+    "awq": (awq, "w13_qzeros"),
     "gptq": (gptq, "w2_qzeros"),
     "mxfp4": (
         lambda: layer_of(Mxfp4MoEMethod, mxfp4_backend=Mxfp4MoeBackend.MARLIN),
         "w13_weight_scale",
     ),
     "nvfp4": (nvfp4, "w2_weight_scale_2"),
+    "nvfp4, prepared": (nvfp4_of_compressed_tensors, "w13_weight_scale_2"),
 }
 
 

@@ -74,7 +74,7 @@ class EngineBalancing:
         device_type = state.expert_load_pass.device.type
         backend = load_backend(config.backend, device_type=device_type, **config.backend_arguments)
         model.write_through(backend)
-        if group.rank == 0 and config.moves_experts:
+        if group.rank == 0 and (config.moves_experts or config.expert_map_path is not None):
             model.warn_of_doubtful_tensors()
         name = f"model-{len(self._balanced)}"
         if is_main:
