@@ -38,7 +38,7 @@ def local_table(expert_map: ExpertMap, width: int, rank: int) -> tuple[NDArray[n
     ranks number their tokens from 0. Raises ValueError for an unknown or inactive rank, and when an expert
     has more than `width` replicas.
     """
-    from eplb_platform.dispatch_kernels import fill_local_table
+    from eplb_platform.dispatch_table_kernels import fill_local_table
 
     topology = expert_map.topology
     if not 0 <= rank < topology.num_ranks or not topology.is_active[rank]:
@@ -59,7 +59,7 @@ def replica_shares(expert_map: ExpertMap, load: ArrayLike) -> NDArray[np.float64
     shared evenly by its ranks. Of two replicas on one rank the first takes all. Raises ValueError for load
     of another shape, that is negative or not finite.
     """
-    from eplb_platform.dispatch_kernels import level_shares
+    from eplb_platform.dispatch_share_kernels import level_shares
 
     topology = expert_map.topology
     return level_shares(
@@ -105,7 +105,7 @@ def weighted_table(expert_map: ExpertMap, load: ArrayLike, width: int) -> Weight
     lie as far apart as can be, so that neighbouring tokens spread. Same input, same table. Raises ValueError
     as `replica_shares`, and when an expert has more than `width` replicas.
     """
-    from eplb_platform.dispatch_kernels import fill_tables
+    from eplb_platform.dispatch_table_kernels import fill_tables
 
     tokens = _tokens(expert_map, load)
     table, count = _empty_table(expert_map, width)
@@ -136,7 +136,7 @@ def table_shares(expert_map: ExpertMap, table: ArrayLike, count: ArrayLike) -> N
 
     table: [layers, logical, width]; count: [layers, logical], entries in use. Both as made for this map.
     """
-    from eplb_platform.dispatch_kernels import count_shares
+    from eplb_platform.dispatch_table_kernels import count_shares
 
     return count_shares(
         np.array(table, dtype=np.int32, order="C"),
