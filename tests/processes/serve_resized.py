@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from eplb_backends.cpu import CpuBackend
 from eplb_platform import EplbConfig
 from eplb_platform.backend import Backend, Message
 from eplb_platform.runtime import Balancer, LostExpertsError, ResizeError, start_balancer
+from eplb_platform.runtime.agreement import Agreement
 from tests.processes.common_end import CommonEnd
 from tests.processes.serve_by_forward import ObservedBackend, await_forward_stream
 from tests.processes.serve_tagged import DYNAMIC
@@ -41,6 +45,10 @@ class Segment:
     timeout_s: float | None = None
     fails_on: int | None = None
     """This rank's first transfer of the resize fails."""
+    killed: int | None = None
+    """This rank is killed at `killed_at`, so it is absent from then on."""
+    killed_at: str = ""
+    """`before PLACE` or `after PLACE`: of its part in that agreement of the resize; or `in the transfer`."""
 
 
 @dataclass
@@ -107,6 +115,8 @@ class Server:
     def resize(self, segment: Segment, number: int) -> None:
         if segment.fails_on == self.rank:
             self.backend.exchange = self._fail_once  # type: ignore[method-assign]
+        if segment.killed == self.rank:
+            self._die(segment.killed_at)
         load = self._load if segment.can_load else None
         self.balancer.resize(segment.active, dead=segment.dead, load_expert=load, timeout_s=segment.timeout_s)
         if self.balancer.is_active:
@@ -140,6 +150,28 @@ class Server:
     def _load(self, layer: int, expert: int) -> list[torch.Tensor]:
         said = tag(layer, torch.tensor([expert]))
         return [said.float().repeat(8), said]
+
+    def _die(self, at: str) -> None:
+        """Have this process killed where the resize comes to it."""
+
+        def kill(*_: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if at == "in the transfer":
+            self.backend.exchange = kill  # type: ignore[method-assign]
+            return
+        when, place = at.split()
+        decide = Agreement.decide
+
+        async def decide_and_die(self: Agreement, name: str, *args: Any, **options: Any) -> int:
+            if name == place and when == "before":
+                kill()
+            decided = await decide(self, name, *args, **options)
+            if name == place:
+                kill()
+            return decided
+
+        Agreement.decide = decide_and_die  # type: ignore[method-assign]
 
     def _fail_once(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         if threading.current_thread() is not threading.main_thread():

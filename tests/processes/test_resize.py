@@ -148,3 +148,24 @@ def test_an_active_rank_that_does_not_come_is_named(ranks: RankPool) -> None:
             "resize: rank 3 did not come in time; the active ranks are what they were"
             in (results[rank].errors[1])
         )
+
+
+@pytest.mark.parametrize("killed_at", ["before ended", "in the transfer", "after chunk/0"])
+def test_a_rank_killed_inside_a_resize_is_left_out_by_the_next(ranks: RankPool, killed_at: str) -> None:
+    """kill -9, of a rank that was to stay while another leaves: the others keep their map."""
+    dying = Segment((0, 1, 3), killed=3, killed_at=killed_at, steps=0)
+    segments = [Segment(ALL, steps=30), dying, Segment((0, 1, 2), (3,), until="cycles", can_load=True)]
+    # No cycle comes before the resize: some experts of the initial map are on the leaving rank alone.
+    config = {**DYNAMIC, "transfer_timeout_s": 10.0, "expert_heat_collection_interval": 100}
+    outcomes = ranks.outcomes(serve_resized, segments, 8, config)
+    assert "exit code -9" in (outcomes[3].error or ""), [outcome.error for outcome in outcomes]
+    results = [outcome.value for outcome in outcomes[:3]]
+    for outcome, result in zip(outcomes, results, strict=False):
+        assert result is not None, outcome.error
+        assert "the active ranks are what they were" in result.errors[1]
+        assert "\n" not in result.errors[1]
+        assert result.errors[2] == ""
+        assert result.misplaced[2] == 0
+        assert result.wrong_tokens == 0
+        assert result.cycles[2] > result.cycles[1], result.last_error
+    assert ranks.pids == []

@@ -23,6 +23,7 @@ if importlib.util.find_spec("vllm") is None:
     # `make vllm-tests` runs them with the interpreter that has it.
     collect_ignore_glob = ["test_*.py"]
 else:
+    from tests.compiled_kernels import compile_kernels
     from tests.vllm import checkpoints
     from tests.vllm.engine import Engine
     from tests.vllm.snapshots import layouts, serve_until, statuses
@@ -38,6 +39,10 @@ else:
         demo: Path
         qwen3: Path
         deepseek: Path
+
+    @pytest.fixture(scope="session", autouse=True)
+    def compiled_kernels() -> None:
+        compile_kernels()
 
     @pytest.fixture(scope="session")
     def models(tmp_path_factory: pytest.TempPathFactory) -> Models:

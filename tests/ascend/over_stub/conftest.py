@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eplb_platform.testing.processes import RankPool
+from tests.compiled_kernels import compile_kernels
 
 HERE = Path(__file__).parent
 
@@ -20,6 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if "CANN_STUB" not in os.environ:
                 reason = "runs over the stub of CANN: make ascend-tests, or tests/ascend/cann_stub/run.py"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels() -> None:
+    compile_kernels()
 
 
 # For one file: what its tests leave on a device should reach no other.
