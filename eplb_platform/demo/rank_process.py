@@ -43,7 +43,8 @@ from eplb_platform.topology import Topology
 
 REPORT_EVERY = 12
 """Forward passes between two reports of progress."""
-GROUP_TIMEOUT = timedelta(seconds=60)
+GROUP_TIMEOUT = timedelta(minutes=10)
+"""One rank compiles what plans, which takes a busy machine minutes; a rank that dies is noticed at once."""
 
 
 def run_rank(orders: Orders, reports: Connection) -> None:

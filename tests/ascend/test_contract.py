@@ -24,7 +24,7 @@ SHAPES = ((30, 50), (17, 33), (64, 128))
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(2, timeout_s=150.0) as pair:
+    with RankPool(2, timeout_s=600.0) as pair:
         yield pair
 
 
@@ -42,7 +42,7 @@ def weights_of(rank: int) -> list[torch.Tensor]:
 def exchange_experts(rank: int, num_ranks: int, store: Store) -> list[int]:
     """Both ranks send an expert, two matrices in NZ and one plain, and take the other's in its place."""
     backend = HostAscend()
-    backend.connect(store, rank, num_ranks, timeout_s=30.0)
+    backend.connect(store, rank, num_ranks, timeout_s=120.0)
     try:
         backend.warm_up()
         peer = 1 - rank

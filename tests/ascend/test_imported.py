@@ -30,7 +30,7 @@ def run(environment: Path, cann: Path, script: str, **variables: str) -> object:
         env={**inherited, "LD_LIBRARY_PATH": str(cann), "CANN_STUB_DEVICES": "2", **variables},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

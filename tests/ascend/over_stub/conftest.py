@@ -31,18 +31,18 @@ def compiled_kernels() -> None:
 # For one file: what its tests leave on a device should reach no other.
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
-    with RankPool(2, timeout_s=150.0) as pool:
+    with RankPool(2, timeout_s=600.0) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[RankPool]:
-    with RankPool(4, timeout_s=150.0) as pool:
+    with RankPool(4, timeout_s=600.0) as pool:
         yield pool
 
 
 @pytest.fixture
 def lost_pair() -> Iterator[RankPool]:
     """For one test whose groups of HCCL fail: torch_npu's watchdog ends such a process, at any later time."""
-    with RankPool(2, timeout_s=150.0) as pool:
+    with RankPool(2, timeout_s=600.0) as pool:
         yield pool

@@ -20,7 +20,7 @@ HALVES = 3
 
 @contextmanager
 def hccl_group(
-    store: Store, rank: int, num_ranks: int, options: Mapping[str, object], timeout_s: float = 60.0
+    store: Store, rank: int, num_ranks: int, options: Mapping[str, object], timeout_s: float = 300.0
 ) -> Iterator[None]:
     torch_npu = environment.torch_npu()
     torch.npu.set_device(rank)

@@ -27,7 +27,7 @@ def connected(rank: int, num_ranks: int, store: Store, transport: str) -> Iterat
     torch.npu.set_device(rank)
     torch.npu.config.allow_internal_format = True
     backend = AscendBackend(transport=transport, pinned_bytes=num_ranks * 4096)
-    backend.connect(store, rank, num_ranks, timeout_s=60.0)
+    backend.connect(store, rank, num_ranks, timeout_s=300.0)
     try:
         backend.warm_up()
         yield backend

@@ -12,6 +12,9 @@ from eplb_backends.ascend import AscendBackend
 from eplb_platform.testing.processes import RankPool
 from tests.ascend.over_stub.swaps import dawdle
 
+MOST_COPIES = 2000
+"""On a busy machine this thread may be slower than the streams, time and again."""
+
 
 def test_copies_go_every_way_and_streams_run_later(pair: RankPool) -> None:
     assert pair.run(copies) == [[], []]
@@ -27,23 +30,23 @@ def copies(rank: int, num_ranks: int, store: Store) -> list[str]:
     pinned = torch.zeros(300, 70, pin_memory=True)
     stream, event = torch.npu.Stream(), torch.npu.Event()
     torch.npu.synchronize()
-    passed_at_once = early = 0
-    for number in range(20):
+    pending = early = 0
+    for number in range(MOST_COPIES):
         dawdle(number, 20_000)
         pinned.zero_()
         with torch.npu.stream(stream):
             pinned.copy_(there, non_blocking=True)
             event.record()
-        passed_at_once += event.query()
+        pending += not event.query()
         early += not torch.equal(pinned, values)
         event.synchronize()
         if not torch.equal(pinned, values):
             faults.append("an event passed before the copy in front of it")
+        if number >= 20 and pending >= 5 and early >= 5:
+            break
+    else:
+        faults.append(f"{pending} events were pending, {early} copies were late: nothing runs later")
     dawdle(1, 100)
-    if passed_at_once > 15 or early < 5:
-        faults.append(
-            f"{passed_at_once} of 20 events passed at once, {early} copies were late: nothing runs later"
-        )
     return faults
 
 

@@ -12,6 +12,8 @@ from eplb_platform.testing.processes import RankPool
 from tests.ascend.over_stub.mutations import MUTATIONS, Mutation
 from tests.ascend.over_stub.scenarios import SCENARIOS, faults_of
 
+TRIES = 20
+
 
 @pytest.mark.parametrize("scenario", [name for name in SCENARIOS if not name.startswith("swap")])
 def test_nothing_goes_wrong(pair: RankPool, scenario: str) -> None:
@@ -20,8 +22,12 @@ def test_nothing_goes_wrong(pair: RankPool, scenario: str) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_something_does_without_it(pair: RankPool, mutation: Mutation) -> None:
-    found = pair.run(faults_of, mutation.scenario, mutation)
-    assert any(found), "all went well, if by luck"
+    """Streams only dawdle: once in a while all goes well by luck, and more often beside others' work."""
+    for _ in range(TRIES):
+        found = pair.run(faults_of, mutation.scenario, mutation)
+        if any(found):
+            break
+    assert any(found), "all went well, again and again"
     print(*found, sep="\n")
 
 
