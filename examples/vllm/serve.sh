@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 exec "$(dirname "$("$python" -c 'import sys; print(sys.executable)')")/vllm" serve "$model" \
   --served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8 \
-  --tensor-parallel-size 2 --enable-expert-parallel \
+  --tensor-parallel-size 2 --enable-expert-parallel --shutdown-timeout 10 \
   --additional-config '{"eplb_config": {
       "dynamic_eplb": true,
       "num_redundant_experts": 16,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from eplb_platform.cli import run
 from eplb_platform.records import RecordError, formats, load_trace, partial_trace
 from eplb_platform.records.load_trace import LoadTraceWriter
+from eplb_platform.runtime.recording import TraceRecorder
 
 ROWS = np.random.default_rng(0).integers(0, 1000, (9, 3, 5))
 PHASES = [0, 1, 2, 1, 1, 0, 2, 1, 0]
@@ -208,6 +209,15 @@ def test_the_next_writer_keeps_what_was_left(path: Path) -> None:
         path.name,
         *(f"{path.name}.partial.{number}" for number in (1, 2, 3)),
     ]
+
+
+def test_the_log_says_where_what_was_left_is_kept(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    killed(path, append_all)
+    recorder = TraceRecorder(path, 3, 5, {})
+    recorder.open()
+    recorder.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.text.endswith(f"its steps are kept in {path}.partial.1\n")
 
 
 def test_the_next_writer_keeps_a_file_of_somebody_else(path: Path) -> None:
