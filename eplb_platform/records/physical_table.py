@@ -63,6 +63,19 @@ def trivial_rows(expert_map: ExpertMap, count: int) -> list[list[int]]:
     return [experts.tolist() for _ in range(count)]
 
 
+def read(path: str | os.PathLike[str], check_file: Callable[[Faults], ExpertMap | None]) -> ExpertMap:
+    """The map that `check_file` finds in the file at `path`; RecordError with the first fault and the number
+    of the others where it finds none.
+    """
+    found = Faults(limit=1)
+    expert_map = check_file(found)
+    if expert_map is not None:
+        return expert_map
+    fault, *rest = found.listed()
+    more = f" ({rest[0].message})" if rest else ""
+    raise RecordError(path, Fault(fault.place, fault.message + more))
+
+
 def faults(check_file: Callable[[Faults], object], limit: int) -> list[Fault]:
     """Everything that `check_file` finds; a RecordError that it raises is the only fault."""
     found = Faults(limit)
@@ -71,13 +84,6 @@ def faults(check_file: Callable[[Faults], object], limit: int) -> list[Fault]:
     except RecordError as error:
         return [error.fault]
     return found.listed()
-
-
-def first_fault(path: str | os.PathLike[str], found: Faults) -> RecordError:
-    """The error that a reader raises: the first fault and the number of the others."""
-    fault, *rest = found.listed()
-    more = f" ({rest[0].message})" if rest else ""
-    return RecordError(path, Fault(fault.place, fault.message + more))
 
 
 def _table(rows: Sequence[object], place_of: Callable[[int], str], found: Faults) -> NDArray[np.int64] | None:

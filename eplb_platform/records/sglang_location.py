@@ -39,11 +39,9 @@ def read(
 
     Raises RecordError with the first fault and the number of the others; see `faults`.
     """
-    found = Faults(limit=1)
-    expert_map = _check(_document(path), found, num_logical_experts, topology, first_moe_layer)
-    if expert_map is None:
-        raise physical_table.first_fault(path, found)
-    return expert_map
+    return physical_table.read(
+        path, lambda found: _check(_document(path), found, num_logical_experts, topology, first_moe_layer)
+    )
 
 
 def write(path: str | os.PathLike[str], expert_map: ExpertMap, *, first_moe_layer: int = 0) -> None:
@@ -77,11 +75,9 @@ def faults(
 
     num_logical_experts, topology: what the file must fit; limit: faults listed, one more counts the rest
     """
-
-    def check_file(found: Faults) -> None:
-        _check(_document(path), found, num_logical_experts, topology, first_moe_layer)
-
-    return physical_table.faults(check_file, limit)
+    return physical_table.faults(
+        lambda found: _check(_document(path), found, num_logical_experts, topology, first_moe_layer), limit
+    )
 
 
 def _suffix(path: str | os.PathLike[str]) -> str:

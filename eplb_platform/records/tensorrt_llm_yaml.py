@@ -40,11 +40,9 @@ def read(
 
     Raises RecordError with the first fault and the number of the others; see `faults`.
     """
-    found = Faults(limit=1)
-    expert_map = _check(strict_yaml.read(path), found, num_logical_experts, topology)
-    if expert_map is None:
-        raise physical_table.first_fault(path, found)
-    return expert_map
+    return physical_table.read(
+        path, lambda found: _check(strict_yaml.read(path), found, num_logical_experts, topology)
+    )
 
 
 def write(path: str | os.PathLike[str], expert_map: ExpertMap, *, first_moe_layer: int = 0) -> None:
@@ -73,11 +71,9 @@ def faults(
 
     num_logical_experts, topology: what the file must fit; limit: faults listed, one more counts the rest
     """
-
-    def check_file(found: Faults) -> None:
-        _check(strict_yaml.read(path), found, num_logical_experts, topology)
-
-    return physical_table.faults(check_file, limit)
+    return physical_table.faults(
+        lambda found: _check(strict_yaml.read(path), found, num_logical_experts, topology), limit
+    )
 
 
 def _check(
