@@ -144,10 +144,9 @@ def read(path: _Path, file: BinaryIO) -> Rows:
     """
     form, start, num_rows = _form(path, file)
     rows = _mapped(file, form, start, num_rows)
-    num_steps = _count_whole(rows)
-    counts = rows[:num_steps, : form.load_bytes].view(form.dtype)
-    phase = np.array(rows[:num_steps, form.load_bytes])
-    return Rows(form, counts.reshape(num_steps, *form.shape), phase)
+    phase = _whole_phases(rows)
+    counts = rows[: phase.size, : form.load_bytes].view(form.dtype)
+    return Rows(form, counts.reshape(phase.size, *form.shape), phase)
 
 
 def state(path: _Path) -> State | None:
@@ -183,17 +182,19 @@ def _mapped(file: BinaryIO, form: RowForm, start: int, num_rows: int) -> NDArray
     return np.memmap(file, dtype=np.uint8, mode="r", offset=start, shape=(num_rows, form.row_bytes))
 
 
-def _count_whole(rows: NDArray[np.uint8]) -> int:
-    """How many rows there are before the first that is not whole."""
+def _whole_phases(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[steps], the phases of the rows before the first that is not whole."""
     plain = rows.view(np.ndarray)  # which is indexed much faster than a memmap
     mapping: object = rows.base
     at_once = max(1, _CHUNK_BYTES // rows.shape[1])
+    phases = bytearray()
     for step, row in enumerate(plain):
         if not _is_whole(row):
-            return step
+            break
+        phases.append(row[-_TRAILER.size])
         if step % at_once == 0 and isinstance(mapping, mmap.mmap):
             mapping.madvise(mmap.MADV_DONTNEED)
-    return len(rows)
+    return np.frombuffer(bytes(phases), dtype=np.uint8)
 
 
 def _is_whole(row: NDArray[np.uint8]) -> bool:
