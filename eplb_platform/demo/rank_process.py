@@ -45,6 +45,7 @@ REPORT_EVERY = 12
 """Forward passes between two reports of progress."""
 GROUP_TIMEOUT = timedelta(minutes=10)
 """One rank compiles what plans, which takes a busy machine minutes; a rank that dies is noticed at once."""
+RECORD_TIMEOUT_S = 120.0
 
 
 def run_rank(orders: Orders, reports: Connection) -> None:
@@ -108,13 +109,22 @@ def _serve_phase(orders: Orders, reports: Connection) -> RankResult:
     balancer = None if config is None else start_balancer(config, model, backend, store, orders.rank)
     reporter = Reporter(orders.num_ranks, balancer, reports)
     served = serve(model, orders.batches, reporter.after_forward)
-    if balancer is not None:
+    if balancer is not None and config is not None:
+        if not config.moves_experts:
+            _await_record(balancer)
         balancer.close()
     dist.barrier()
     dist.destroy_process_group()
     load = load_by_rank(served.load, orders.num_ranks)
     stats = balancer.stats if balancer else None
     return RankResult(served.tokens, load, served.forward_ms, stats, reporter.expert_ms_by_commit())
+
+
+def _await_record(balancer: Balancer) -> None:
+    """A cycle that moves nothing needs no further pass, and on a busy machine may outlast the phase."""
+    deadline = time.monotonic() + RECORD_TIMEOUT_S
+    while balancer.state != "idle" and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _load_model(orders: Orders, config: EplbConfig | None, backend: Backend) -> ExpertParallelModel:

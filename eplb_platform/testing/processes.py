@@ -41,7 +41,7 @@ RankFunction = Callable[[int, int, "Store", *Arguments], Value]
 _PRELOADED = ["torch", "torch.distributed", "numba"]
 _START_S = 600.0
 _GRACE_S = 60.0
-"""How long the other ranks may go on after one has failed: enough for their own time-outs to speak."""
+"""Enough for the other ranks' own time-outs to speak."""
 _LOG_TAIL = 3000
 
 
@@ -89,11 +89,15 @@ class RankPool:
     killed, and the next call starts new ones.
     """
 
-    def __init__(self, num_ranks: int, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, num_ranks: int, *, timeout_s: float = 60.0, grace_s: float = _GRACE_S) -> None:
+        """timeout_s: for a call, from when all processes have started; grace_s: how long the other ranks may
+        go on after one has failed.
+        """
         if num_ranks < 1:
             raise ValueError(f"a pool needs at least 1 rank, got {num_ranks}")
         self.num_ranks = num_ranks
         self.timeout_s = timeout_s
+        self.grace_s = grace_s
         self._ranks: list[_Rank] = []
         self._calls = 0
         self._store: TCPStore | None = None
@@ -188,7 +192,7 @@ class RankPool:
                 outcomes[number], alive = self._answer(number, waiting.pop(number))
                 usable = usable and alive
                 if outcomes[number].error is not None:
-                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+                    deadline = min(deadline, time.monotonic() + self.grace_s)
         for number, rank in waiting.items():
             outcomes[number] = Outcome(number, None, f"did not finish in time; killed\n{_tail(rank.log)}")
         if waiting or not usable:

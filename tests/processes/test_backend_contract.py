@@ -31,7 +31,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
-    with RankPool(2, timeout_s=300.0) as pool:
+    with RankPool(2, timeout_s=300.0, grace_s=10.0) as pool:
         yield pool
 
 

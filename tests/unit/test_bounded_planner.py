@@ -94,7 +94,7 @@ class OneLayer:
 def test_an_engine_drains_and_closes_beside_a_planner_that_never_answers() -> None:
     config = EplbConfig(
         dynamic_eplb=True, expert_heat_collection_interval=2, algorithm_execution_interval=0,
-        transfer_timeout_s=0.4,
+        transfer_timeout_s=2.0,
     )  # fmt: skip
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     slow = Slow()
