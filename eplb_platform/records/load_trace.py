@@ -127,7 +127,7 @@ class LoadTraceWriter:
     Rows are gathered in `<path>.partial`, beside the trace, which is whole at every moment: it is made by
     `checkpoint` and `close`. One thread may append while another makes a checkpoint. When the process is
     killed, the steps since the last checkpoint are in the partial file, which `read` takes for a trace. The
-    next writer renames it to `<path>.partial.1`, or the next number that is free: see `kept`.
+    next writer renames it to `<path>.partial.1`, see `kept`; of several killed runs the longest stays there.
 
     Raises RecordError when the files cannot be written, or another writer is at work on them.
     """
@@ -239,11 +239,10 @@ class LoadTraceWriter:
         return spool
 
     def _lock_spool(self) -> int:
-        """A new partial file, locked and with its header. What was there is kept, if it has anything."""
+        """A new partial file, locked and with its header. What was there is kept, if it is worth it."""
         spool = _open_locked(self._partial)
         try:
-            if self._is_of_use(spool):
-                kept = _free_name(self._partial)
+            if os.fstat(spool).st_size and (kept := _name_to_keep(self._partial)) is not None:
                 self._partial.rename(kept)
                 earlier, spool = spool, _open_locked(self._partial)
                 os.close(earlier)
@@ -254,13 +253,6 @@ class LoadTraceWriter:
             os.close(spool)
             raise
         return spool
-
-    def _is_of_use(self, spool: int) -> bool:
-        """Whether what is there is something else than a partial trace without a step."""
-        if not os.fstat(spool).st_size:
-            return False
-        state = partial_trace.state(self._partial)
-        return state is None or state.num_steps > 0
 
     def _open_descriptor(self) -> int:
         if self._spool is None:
@@ -339,9 +331,15 @@ def _open_locked(path: Path) -> int:
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def _free_name(path: Path) -> Path:
-    """`path` with the first number behind it at which there is nothing."""
-    return next(name for n in count(1) if not os.path.lexists(name := Path(f"{path}.{n}")))
+def _name_to_keep(partial: Path) -> Path | None:
+    """Where the file at `partial` goes; None where it is not worth keeping: an engine that is killed and
+    started again and again fills no disk with what it leaves. A file of somebody else is never replaced.
+    """
+    first = Path(f"{partial}.1")
+    left, kept = partial_trace.state(partial), partial_trace.state(first)
+    if left is None or (kept is None and os.path.lexists(first)):
+        return next(name for n in count(1) if not os.path.lexists(name := Path(f"{partial}.{n}")))
+    return first if left.num_steps > (0 if kept is None else kept.num_steps) else None
 
 
 def _write_at(descriptor: int, content: bytes, offset: int) -> None:

@@ -194,21 +194,16 @@ def test_what_is_being_written_is_read_as_it_is(path: Path) -> None:
     assert not partial_of(path).exists()
 
 
-def test_the_next_writer_keeps_what_was_left(path: Path) -> None:
-    killed(path, append_all)
-    killed(path, lambda writer: None)  # left nothing that is worth it
-    partial_of(path).with_name(f"{path.name}.partial.2").touch()
-    killed(path, lambda writer: writer.append(ROWS[3], 1))
-    with LoadTraceWriter(path, num_layers=3, num_logical_experts=5) as writer:
-        writer.append(ROWS[0], 0)
-        assert writer.kept == path.with_name(f"{path.name}.partial.3")
+def test_of_killed_runs_the_longest_is_kept(path: Path) -> None:
+    kept = path.with_name(f"{path.name}.partial.1")
+    for steps, most in ((1, 1), (2, 2), (0, 2), (1, 2)):
+        killed(path, lambda writer, rows=ROWS[:steps]: [writer.append(row, 1) for row in rows])
+        with LoadTraceWriter(path, num_layers=3, num_logical_experts=5) as writer:
+            writer.append(ROWS[3], 0)
+            assert writer.kept == (kept if steps == most else None)
+        assert (formats.read_trace(kept).expert_load == ROWS[:most]).all()
     assert load_trace.read(path).num_steps == 1
-    assert (formats.read_trace(path.with_name(f"{path.name}.partial.1")).expert_load == ROWS).all()
-    assert (formats.read_trace(path.with_name(f"{path.name}.partial.3")).expert_load == ROWS[3]).all()
-    assert sorted(entry.name for entry in path.parent.iterdir()) == [
-        path.name,
-        *(f"{path.name}.partial.{number}" for number in (1, 2, 3)),
-    ]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name, kept.name]
 
 
 def test_the_log_says_where_what_was_left_is_kept(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,6 +219,10 @@ def test_the_next_writer_keeps_a_file_of_somebody_else(path: Path) -> None:
     partial_of(path).write_text("of a download")
     LoadTraceWriter(path, num_layers=3, num_logical_experts=5).close()
     assert path.with_name(f"{path.name}.partial.1").read_text() == "of a download"
+    killed(path, append_all)
+    LoadTraceWriter(path, num_layers=3, num_logical_experts=5).close()
+    assert path.with_name(f"{path.name}.partial.1").read_text() == "of a download"
+    assert (formats.read_trace(path.with_name(f"{path.name}.partial.2")).expert_load == ROWS).all()
 
 
 def test_a_trace_that_cannot_be_made_leaves_the_partial_file(path: Path) -> None:
