@@ -710,6 +710,7 @@ class Balancer:
             cost_recorder=self._cost_recorder,
             record_objection=lambda: self._fence.objection(self._link.plane),
         )
+        self._whereabouts.begin_cycle()
         self._background.start(self._run(cycle))
 
     async def _run(self, cycle: Cycle) -> None:

@@ -12,7 +12,8 @@ from eplb_platform.runtime.watchdog import Progress, Waiting
 class Whereabouts:
     """The stage that a rank's cycle is in, for whom it waits there, and the `step` of the forward thread.
 
-    Stage and waiting are set by the thread of the cycle, the step by the forward thread; any may ask.
+    Stage and waiting are set by the thread of the cycle, its begin and the step by the forward thread; any
+    may ask.
 
     on_stage: called with each stage that is entered
     """
@@ -29,6 +30,11 @@ class Whereabouts:
     def stage(self) -> Stage | None:
         """That of the running cycle; None between two."""
         return self._stage
+
+    def begin_cycle(self) -> None:
+        """A cycle has begun, though its thread may not run yet."""
+        self._stage_since = self._clock.now()
+        self._stage = Stage.START
 
     def enter_stage(self, stage: Stage) -> None:
         """The cycle gets on."""

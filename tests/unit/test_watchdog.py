@@ -17,7 +17,7 @@ from eplb_platform import EplbConfig, ExpertMap, Topology, load_backend
 from eplb_platform.runtime import start_balancer
 from eplb_platform.runtime.agreement import Agreement
 from eplb_platform.runtime.ports import run_blocking
-from eplb_platform.runtime.production import ThreadClock
+from eplb_platform.runtime.production import BackgroundThread, ThreadClock
 from eplb_platform.runtime.store_plane import StoreControlPlane
 from eplb_platform.runtime.watchdog import Progress, StallReports, Waiting
 
@@ -126,3 +126,23 @@ def test_a_planner_that_does_not_answer_is_reported_while_it_lasts(
     assert (seen[0]["state"], seen[0]["stalls"]) == ("plan", 1)
     balancer.close()
     assert not [thread.name for thread in threading.enumerate() if "watchdog" in thread.name]
+
+
+def test_a_cycle_has_begun_before_its_thread_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_run, work = threading.Event(), BackgroundThread._work
+
+    def work_late(thread: BackgroundThread) -> None:
+        may_run.wait(600)
+        work(thread)
+
+    monkeypatch.setattr(BackgroundThread, "_work", work_late)
+    config = EplbConfig(dynamic_eplb=True, expert_heat_collection_interval=2)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    balancer = start_balancer(config, OneLayer(), load_backend("cpu"), store, 0)
+    assert balancer.state == "idle"
+    for _ in range(2):
+        balancer.step(np.ones((1, 4), dtype=np.int64))
+    assert balancer.state == "start"
+    may_run.set()
+    balancer.close()
+    assert balancer.state == "closed"
