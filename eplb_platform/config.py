@@ -214,6 +214,11 @@ class EplbConfig(BaseModel):
     verify_transfers: _Switch = Field(
         default=False, description="Compare checksums of the weights before a commit."
     )
+    check_expert_tensors: _Switch = Field(
+        default=True,
+        description="Do not start where a tensor of an expert would stay while it moves; false: a warning "
+        "only, for those who know that it is no expert's.",
+    )
     enable_expert_compute_profiling: _Switch = Field(
         default=False,
         description="Measure each expert's compute time and plan with it, whatever the algorithm; only "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -12,28 +13,56 @@ if TYPE_CHECKING:
 
     from eplb_platform.backend import Backend
 
+logger = logging.getLogger(__name__)
+
+KEY = "check_expert_tensors"
+
 _Tensors: TypeAlias = "torch.Tensor | Sequence[torch.Tensor]"
 
 
-def check_moved_together(model: ServedModel, backend: Backend) -> None:
+def check_moved_together(model: ServedModel, backend: Backend, *, refuse: bool = True) -> None:
     """Raise ValueError where a tensor that a layer keeps for its experts would stay while they move.
 
     Only models that name their tensors (`NamedModel`) can be asked. The backend is asked besides for what
-    its device couples.
+    its device couples. What cannot be looked at is no finding: a warning names it.
+    refuse: False for a warning in place of the error
     """
     if not hasattr(model, "layer_tensors"):
         return
     named = cast(NamedModel, model)
-    slots = named.expert_map.slots_per_rank
+    faults: list[str] = []
+    unknown: list[str] = []
     for layer, parameters in enumerate(named.expert_weights):
-        tensors = named.layer_tensors(layer)
-        moved = _moved(tensors, parameters)
         try:
-            _check_all_named(tensors, moved, parameters)
-            _check_none_stays(tensors, moved, slots)
-            backend.check_moved_together(tensors, moved, slots=slots)
-        except ValueError as error:
-            raise ValueError(f"layer {layer}: {error}") from error
+            fault = _fault(named, layer, parameters, backend)
+        except Exception as error:  # an engine's objects are its own, and may do anything when looked at
+            unknown.append(f"layer {layer}: {type(error).__name__}: {error}")
+            continue
+        if fault is not None and refuse:
+            raise ValueError(f"layer {layer}: {fault} (eplb_config.{KEY} false: a warning only)")
+        if fault is not None:
+            faults.append(f"layer {layer}: {fault}")
+    if faults:
+        logger.warning("%s; served all the same: eplb_config.%s is false", _of_layers(faults), KEY)
+    if unknown:
+        logger.warning("%s: not known whether all that belongs to an expert moves", _of_layers(unknown))
+
+
+def _of_layers(found: Sequence[str]) -> str:
+    return found[0] if len(found) == 1 else f"{found[0]} (and so on, {len(found)} layers)"
+
+
+def _fault(named: NamedModel, layer: int, parameters: Sequence[_Tensors], backend: Backend) -> str | None:
+    slots = named.expert_map.slots_per_rank
+    tensors = named.layer_tensors(layer)
+    moved = _moved(tensors, parameters)
+    try:
+        _check_all_named(tensors, moved, parameters)
+        _check_none_stays(tensors, moved, slots)
+        backend.check_moved_together(tensors, moved, slots=slots)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _moved(tensors: Mapping[str, _Tensors], parameters: Sequence[_Tensors]) -> list[str]:

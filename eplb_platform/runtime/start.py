@@ -104,7 +104,7 @@ def start_balancer(
         _warn_of_keys_without_effect(config)
     load_algorithm(config.algorithm)  # on every rank, so that an unknown name stops them all
     if config.moves_experts or deploy is not None:
-        check_moved_together(model, backend)
+        check_moved_together(model, backend, refuse=config.check_expert_tensors)
     num_ranks = model.expert_map.topology.num_ranks
     initial = model.expert_map
     check_survival(

@@ -48,6 +48,7 @@ def test_every_documented_key_and_its_default() -> None:
         "transfer_timeout_s": 30.0,
         "commit_margin_steps": 4,
         "verify_transfers": False,
+        "check_expert_tensors": True,
         "enable_expert_compute_profiling": False,
         "compute_cost_alpha": 0.5,
         "expert_compute_profiling_warmup_steps": 10,

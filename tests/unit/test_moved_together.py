@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from eplb_backends.cpu import CpuBackend
+from eplb_platform.config import EplbConfig
 from eplb_platform.expert_map import ExpertMap
 from eplb_platform.integrations.vllm.layer_tensors import tensors_of
 from eplb_platform.integrations.vllm.served_model import VllmModel
@@ -50,6 +51,39 @@ def test_weights_with_their_scales_may_move_on_any_device() -> None:
 def test_nothing_of_an_expert_stays_on_any_device(left: str, other: str) -> None:
     with pytest.raises(ValueError, match=f"^layer 0: {left} would stay where they are while {other} move: "):
         check_moved_together(Named(left), CpuBackend())
+
+
+@pytest.mark.parametrize("error", [AttributeError("gone"), ValueError("no shape"), TypeError("no length")])
+def test_a_layer_that_cannot_be_looked_at_is_told_of_and_served(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(Named):
+        def layer_tensors(self, layer: int) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+            raise error
+
+    check_moved_together(Odd(), CpuBackend())
+    (line,) = caplog.messages
+    assert line.startswith(f"layer 0: {type(error).__name__}: {error} (and so on, 2 layers): not known ")
+
+
+def test_what_one_layer_hides_does_not_cover_what_another_leaves() -> None:
+    class Odd(Named):
+        def layer_tensors(self, layer: int) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+            if layer == 0:
+                raise AttributeError("gone")
+            return super().layer_tensors(layer)
+
+    with pytest.raises(ValueError, match=r"^layer 1: scales would stay"):
+        check_moved_together(Odd("scales"), CpuBackend())
+
+
+def test_the_refusal_names_the_key_that_makes_it_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"eplb_config\.check_expert_tensors false") as refused:
+        check_moved_together(Named("scales"), CpuBackend())
+    assert EplbConfig(check_expert_tensors=False).check_expert_tensors is False
+    check_moved_together(Named("scales"), CpuBackend(), refuse=False)
+    (line,) = caplog.messages
+    assert line.startswith(str(refused.value).partition(" (eplb_config")[0])
 
 
 def test_one_name_may_stand_for_two_parameters_of_the_same_memory() -> None:
@@ -192,3 +226,29 @@ def test_doubtful_tensors_are_one_line(caplog: pytest.LogCaptureFixture) -> None
     vllm_model(layers).warn_of_doubtful_tensors()
     [message] = caplog.messages
     assert message.startswith("tiny: unknown [4, 3] in 2 layers; other [4] in 1 layers: not moved with")
+
+
+def test_tensors_without_memory_are_not_looked_into() -> None:
+    layer = Layer()
+    layer.w13_planned = torch.empty(SLOTS, 3, device="meta")
+    layer.cache = torch.eye(SLOTS).to_sparse()
+    assert names(layer) == ([], [])
+
+
+def test_values_of_four_bits_are_compared() -> None:
+    layer = Layer()
+    layer.same = torch.zeros(SLOTS, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    layer.table = torch.arange(8 * SLOTS, dtype=torch.uint8).view(SLOTS, 8).view(torch.float4_e2m1fn_x2)
+    assert names(layer) == ([], ["table"])
+
+
+def test_objects_without_a_dict_hold_nothing() -> None:
+    class Bare:
+        __slots__ = ("moe_kernel", "moe_quant_config")
+
+        def __init__(self) -> None:
+            self.moe_quant_config, self.moe_kernel = None, None
+
+    layer = Layer()
+    layer.quant_method = Bare()
+    assert names(layer) == ([], [])

@@ -153,12 +153,12 @@ def _found(layer: object, slots: int) -> Iterator[_Found]:
         if experts is not None:
             yield from _attributes(experts, "fused_experts.", slots)
             yield from _quantisation(getattr(experts, "quant_config", None), slots)
-        method = vars(method).get("old_quant_method")
+        method = getattr(method, "__dict__", {}).get("old_quant_method")
 
 
 def _attributes(owner: object, prefix: str, slots: int, *, companions: bool = False) -> Iterator[_Found]:
     """The plain attributes of an object that are tensors, or that hold some under the name of a weight."""
-    for name, value in vars(owner).items():
+    for name, value in getattr(owner, "__dict__", {}).items():
         if name in _NOT_AN_EXPERTS:
             continue
         sign = max(_sign(name), _sign_of_companion(name) if companions else _Sign.SHAPE_ONLY)
@@ -235,7 +235,9 @@ def _expert_counts(layer: object) -> set[int]:
 
 
 def _one_for_each_slot(tensors: Tensors, slots: int) -> bool:
-    """A tensor that is expanded over the slots is one for all."""
+    """A tensor that is expanded over the slots is one for all; one without memory of its own is none."""
+    if not all(each.layout is torch.strided and not each.is_meta for each in _each(tensors)):
+        return False
     if isinstance(tensors, torch.Tensor):
         has_rows = tensors.dim() > 0 and tensors.shape[0] == slots and tensors.numel() > 0
         return has_rows and (slots == 1 or tensors.stride(0) != 0)
@@ -252,4 +254,6 @@ def _lies_in(tensors: Tensors, spans: Sequence[_Span]) -> bool:
 
 
 def _rows_differ(tensor: torch.Tensor) -> bool:
+    if tensor.element_size() == 1:
+        tensor = tensor.view(torch.uint8)  # torch cannot compare pairs of 4-bit floats
     return any(not torch.equal(tensor[0], row) for row in tensor[1:])

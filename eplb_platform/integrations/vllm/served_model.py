@@ -81,7 +81,12 @@ class VllmModel:
         """One line about tensors that do not move and may be an expert's, if there are any."""
         layers_of: dict[str, list[int]] = {}
         for layer in range(self._expert_map.num_layers):
-            for name, tensor in self._tensors_of(layer).doubtful.items():
+            try:
+                doubtful = self._tensors_of(layer).doubtful
+            except Exception as error:  # vLLM's objects may do anything when looked at
+                logger.warning("layer %d: no look at its tensors: %s: %s", layer, type(error).__name__, error)
+                break
+            for name, tensor in doubtful.items():
                 layers_of.setdefault(f"{name} {list(tensor.shape)}", []).append(layer)
         if layers_of:
             logger.warning(
