@@ -25,14 +25,16 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     The compiled code is kept on disk where that is possible (beside the source or in the user's cache), until
     its module changes, or another whose kernels it calls.
     """
-    called = sorted(_modules_called(function, set()))
-    if called:
-        # numba looks at a kernel's own file and name, though its compiled code holds that of all it calls.
-        function.__qualname__ += "_" + hashlib.sha256("".join(map(_digest, called)).encode()).hexdigest()[:16]
     try:
+        called = sorted(_modules_called(function, set()))
+        if called:
+            # numba looks at a kernel's file and name only, though its compiled code holds all that it calls.
+            digest = hashlib.sha256("".join(map(_digest, called)).encode()).hexdigest()
+            function.__qualname__ += f"_{digest[:16]}"
         compiled: Callable[P, R] = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        # numba refuses a cache when neither folder can be written, as in a read-only container.
+    except (RuntimeError, OSError):
+        # numba refuses a cache when neither folder can be written, as in a read-only container. Nothing is
+        # kept of an installation without sources.
         compiled = numba.njit(nogil=True)(function)
     return compiled
 

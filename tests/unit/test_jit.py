@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,12 @@ def test_a_kernel_is_compiled_again_when_one_that_it_calls_in_another_file_chang
     assert _result_and_cache_hits(tmp_path) == [11, 1]
     _write(tmp_path / "inner.py", "", "x + 20")
     assert _result_and_cache_hits(tmp_path) == [21, 0]
+
+
+def test_a_kernel_without_the_source_of_one_that_it_calls_is_compiled_each_time(tmp_path: Path) -> None:
+    _write(tmp_path / "outer.py", "from inner import inner", "inner(x)")
+    _write(tmp_path / "inner.py", "", "x + 10")
+    py_compile.compile(str(tmp_path / "inner.py"), cfile=str(tmp_path / "inner.pyc"), doraise=True)
+    (tmp_path / "inner.py").unlink()
+    for _ in range(2):
+        assert _result_and_cache_hits(tmp_path) == [11, 0]
