@@ -239,15 +239,16 @@ class LoadTraceWriter:
         return spool
 
     def _lock_spool(self) -> int:
-        """A new partial file, locked and with its header. What was there is kept, if it is worth it."""
+        """A new partial file, locked and with its header. What was there is kept, if it is worth it, and
+        never cut: a command may have mapped it.
+        """
         spool = _open_locked(self._partial)
         try:
-            if os.fstat(spool).st_size and (kept := _name_to_keep(self._partial)) is not None:
-                self._partial.rename(kept)
+            if os.fstat(spool).st_size:
+                kept = _put_aside(self._partial)
                 earlier, spool = spool, _open_locked(self._partial)
                 os.close(earlier)
                 self.kept = kept
-            os.ftruncate(spool, 0)
             _write_at(spool, self._form.header(), 0)
         except BaseException:
             os.close(spool)
@@ -318,7 +319,7 @@ def _open_locked(path: Path) -> int:
         time.sleep(_LOCK_PAUSE_S if attempt else 0)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial_trace.lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another writer may have renamed or removed what was opened before it was locked.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
@@ -329,6 +330,16 @@ def _open_locked(path: Path) -> int:
             raise
         os.close(descriptor)
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _put_aside(partial: Path) -> Path | None:
+    """Make room for a new file at `partial`. Where the file there is now; None where it was removed."""
+    kept = _name_to_keep(partial)
+    if kept is None:
+        partial.unlink()
+    else:
+        partial.rename(kept)
+    return kept
 
 
 def _name_to_keep(partial: Path) -> Path | None:

@@ -11,6 +11,7 @@ sum, such as a row that never reached the disk: zeros lie in its place, and thei
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -39,6 +40,8 @@ COUNT_DTYPES: dict[str, np.dtype[np.integer]] = {"I32": np.dtype("<i4"), "I64": 
 
 _TRAILER = struct.Struct("<B3xI")
 _CHUNK_BYTES = 1 << 22
+_ROWS_LOOKED_AT = 1024
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 _Path: TypeAlias = str | os.PathLike[str]
 
@@ -150,7 +153,10 @@ def read(path: _Path, file: BinaryIO) -> Rows:
 
 
 def state(path: _Path) -> State | None:
-    """How the partial trace at `path` stands; None where there is none. Looks at few rows only."""
+    """How the partial trace at `path` stands; None where there is none.
+
+    Looks at few rows, if one of the last is whole.
+    """
     if not begins_at(path):
         return None
     try:
@@ -160,18 +166,33 @@ def state(path: _Path) -> State | None:
             rows = _mapped(file, form, start, num_rows)
     except (OSError, ValueError):  # as a RecordError is
         return None
-    num_steps = num_rows
-    while num_steps and not _is_whole(rows[num_steps - 1]):
-        num_steps -= 1
-    return State(num_rows, num_steps, at_work)
+    return State(num_rows, _steps_to_the_last_whole(rows), at_work)
+
+
+def lock(file: BinaryIO | int, operation: int) -> None:
+    """flock; does nothing on a file system without locks, as a cluster's may be. Raises OSError."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _steps_to_the_last_whole(rows: NDArray[np.uint8]) -> int:
+    """Where many rows at the end are not whole, up to the first that is not: a file may be all holes."""
+    num_rows = len(rows)
+    for step in range(num_rows, max(0, num_rows - _ROWS_LOOKED_AT), -1):
+        if _is_whole(rows[step - 1]):
+            return step
+    return _whole_phases(rows).size
 
 
 def _is_locked(file: BinaryIO) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    fcntl.flock(file, fcntl.LOCK_UN)
+    lock(file, fcntl.LOCK_UN)
     return False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -204,6 +206,42 @@ def test_of_killed_runs_the_longest_is_kept(path: Path) -> None:
         assert (formats.read_trace(kept).expert_load == ROWS[:most]).all()
     assert load_trace.read(path).num_steps == 1
     assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name, kept.name]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_a_command_has_open_stays_whole_when_a_run_begins(path: Path, steps: int) -> None:
+    """Whether it is kept or not: a mapped file that is cut kills who reads it."""
+    for rows in (ROWS[:2], ROWS[:steps]):
+        killed(path, lambda writer, rows=rows: [writer.append(row, 1) for row in rows])
+        trace = load_trace.read(partial_of(path))
+        with partial_of(path).open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            with LoadTraceWriter(path, num_layers=1, num_logical_experts=1):
+                assert os.fstat(opened.fileno()).st_size == size
+                assert (trace.expert_load == rows).all()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_serves(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    killed(path, append_all)
+    assert partial_trace.state(partial_of(path)) == partial_trace.State(9, 9, at_work=False)
+    with LoadTraceWriter(path, num_layers=3, num_logical_experts=5) as writer:
+        append_all(writer)
+        assert writer.kept == path.with_name(f"{path.name}.partial.1")
+    assert (load_trace.read(path).expert_load == ROWS).all()
+
+
+def test_a_file_that_is_all_holes_is_looked_at_at_once(path: Path) -> None:
+    partial = killed(path, append_all)
+    os.truncate(partial, 1 << 34)
+    state = partial_trace.state(partial)
+    assert state is not None
+    assert state.num_steps == 9
+    assert state.num_rows > 1 << 27
 
 
 def test_the_log_says_where_what_was_left_is_kept(path: Path, caplog: pytest.LogCaptureFixture) -> None:
