@@ -85,7 +85,9 @@ vllm-tests serve: export NUMBA_CACHE_DIR := $(CURDIR)/$(VLLM)/numba-cache
 vllm: $(PROJECT)
 	$(BIN)/python ci/vllm_environment.py --environment $(VLLM)
 
-vllm-tests: vllm
+# No prerequisite: make would start the other parts of `test` before it comes back to this one, the longest.
+vllm-tests: $(PROJECT)
+	@$(MAKE) --no-print-directory vllm
 	@if [ -e $(VLLM)/.unavailable ]; then echo "SKIPPED tests/vllm: $$(cat $(VLLM)/.unavailable)"; \
 	  else set -x; $(VLLM)/bin/python -m pytest -q tests/vllm; fi
 
