@@ -24,8 +24,6 @@ from eplb_platform.testing.processes import RankError, run_ranks
 TOOLS = {"ascend": ["npu-smi", "info"], "cuda": ["nvidia-smi", "-L"]}
 TRANSPORTS = ("host", "collective")
 LINES_OF_A_FAILURE = 12
-EPLB = "import sys; from eplb_platform.cli import main; sys.exit(main())"
-"""The command, where its script is not installed."""
 
 
 def collective_class(backend: str) -> type[Backend]:
@@ -85,7 +83,7 @@ def report_demo(backend: str, ranks: int) -> bool:
     well = True
     for name in (backend, "cpu"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-c", EPLB, "demo", "--backend", name]
+            command = [sys.executable, "-m", "eplb_platform.cli", "demo", "--backend", name]
             options = ["--ranks", str(ranks), "--quick", "--json"]
             done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
         if done.returncode:

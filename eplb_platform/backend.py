@@ -452,7 +452,10 @@ def _examine(name: str, offers: Sequence[EntryPoint]) -> tuple[BackendReport, ty
         raise
     except BaseException as error:
         return BackendReport(name, "", "", False, f"{offer.value} fails to import: {_one_line(error)}"), None
-    fault = _fault(backend)
+    try:
+        fault = _fault(backend)
+    except (Exception, SystemExit) as error:  # of attributes that the class computes
+        fault = f"cannot be looked at: {_one_line(error)}"
     if fault is not None:
         return BackendReport(name, "", "", False, f"{offer.value} {fault}"), None
     identity = name, backend.device_type, backend.collective

@@ -12,7 +12,7 @@ import torch
 
 from eplb_backends.ascend import AscendBackend, update_expert, vendor_messages
 from eplb_backends.ascend.coupled_parameters import check_moved_together
-from eplb_backends.ascend.hccl_options import KNOWN, HcclOptions
+from eplb_backends.ascend.hccl_options import KNOWN, HcclOptions, check_outlasts
 from eplb_backends.ascend.token_counts import add_to_load, counts_of
 from eplb_backends.cpu import CpuBackend
 from eplb_backends.cpu.streams import SerialStreams
@@ -79,6 +79,13 @@ def test_weights_that_were_converted_after_start_are_not_overwritten(torch_npu: 
     assert torch.equal(values_of(converted), weights(30, 50))
 
 
+def test_staging_in_a_format_of_the_device_does_not_go_into_plain_weights(torch_npu: FakeTorchNpu) -> None:
+    backend = HostAscend(SerialStreams())
+    staging = backend.allocate_staging([torch_npu.npu_format_cast(weights(30, 50), NZ)], 1)
+    with pytest.raises(ValueError, match=r"slot 0: ACL format 29 .* into format 2 "):
+        backend.swap_in([weights(30, 50)], [0], staging, [0])
+
+
 def test_the_checksum_is_that_of_the_plain_weights_on_any_device(torch_npu: FakeTorchNpu) -> None:
     plain, scale = weights(30, 50), weights(50)
     nz = torch_npu.npu_format_cast(plain, NZ)
@@ -109,7 +116,11 @@ def test_a_misspelt_hccl_option_names_the_nearest(torch_npu: FakeTorchNpu) -> No
         ("hccl_op_expansion_mode", "AIV", "is 'AIV', expected an integer"),
         ("hccl_exec_timeout", 2**31, "from 0 to 2147483647 s"),
         ("qos_traffic_class", 6, "qos_traffic_class is 6, expected a multiple of 4"),
+        ("qos_traffic_class", 256, "from 0 to 255"),
         ("qos_service_level", 8, "from 0 to 7"),
+        ("hccl_sdma_qos", 8, "from 0 to 7"),
+        ("hccl_world_rank_id", 2**32 - 1, "from 0 to 4294967294"),
+        ("hccl_job_id", 2**32 - 1, "from 4294967296 to"),
         ("hccl_algo", "", "expected text of 1 to 1599 bytes"),
         ("hccl_retry_enable", "L1:0, " * 9, "expected text of 1 to 49 bytes"),
         ("group_name", 5, "group_name is 5, expected text"),
@@ -123,6 +134,13 @@ def test_a_value_out_of_range_is_refused(name: str, value: object, expected: str
 def test_every_fault_of_the_options_is_named() -> None:
     with pytest.raises(ValueError, match=r"hccl_buffer_size is 0.*; no option 'qos'.*"):
         HcclOptions({"hccl_buffer_size": 0, "hccl_algo": "level0:NA", "qos": 1})
+
+
+def test_our_time_out_comes_before_that_of_hccl() -> None:
+    with pytest.raises(ValueError, match=r"hccl_exec_timeout is 30 s, not more than .* 30 s"):
+        check_outlasts(HcclOptions({"hccl_exec_timeout": 30}), 30.0)
+    for enough in (31, 0):  # 0 is none
+        check_outlasts(HcclOptions({"hccl_exec_timeout": enough}), 30.0)
 
 
 def test_options_that_would_do_nothing_are_refused(torch_npu: FakeTorchNpu) -> None:

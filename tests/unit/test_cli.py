@@ -197,9 +197,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert len(output.err.splitlines()) == 1 and output.err.startswith("eplb: ")
 
 
-def test_the_command_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [[str(Path(sys.executable).parent / "eplb")], [sys.executable, "-m", "eplb_platform.cli"]]
+)
+def test_the_command_itself(command: list[str], tmp_path: Path) -> None:
     """One true process: what the shell sees of bad input."""
-    command = [str(Path(sys.executable).parent / "eplb"), "validate", str(tmp_path / "absent.json")]
+    command = [*command, "validate", str(tmp_path / "absent.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 2
     assert not done.stdout

@@ -102,6 +102,15 @@ def test_memory_of_an_exchange_is_kept_for_the_stream(way: CollectiveTransfer, s
     assert len(set(kept)) == 4
 
 
+def test_only_other_ranks_of_the_group_are_peers(way: CollectiveTransfer) -> None:
+    way.open(Group(), [0, 1], 1.0)
+    for peer in (1, 2):
+        with pytest.raises(ValueError, match=rf"rank 1: a message has peer {peer}; expected .*\[0\]"):
+            way.prepare([Message(peer, torch.zeros(3))], [])
+    with pytest.raises(ValueError, match="the tensor for rank 0 is on meta, expected cpu"):
+        way.prepare([], [Message(0, torch.zeros(3, device="meta"))])
+
+
 def test_what_was_prepared_for_a_group_that_has_ended_is_not_enqueued(way: CollectiveTransfer) -> None:
     group = Group()
     way.open(group, [0, 1], 1.0)

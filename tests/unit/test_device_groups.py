@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from eplb_backends.accelerator.coalescing_group import CoalescingGroup
 from eplb_backends.ascend.hccl_group import HcclGroup
+from eplb_backends.ascend.hccl_options import HcclOptions
 from eplb_backends.cuda.nccl_options import NcclOptions
 from eplb_platform.backend import Message
 
@@ -91,3 +95,29 @@ def test_nccl_options_are_checked() -> None:
         NcclOptions({"max_cta": 4})
     with pytest.raises(ValueError, match="max_ctas is True, expected an integer from 1 to 64"):
         NcclOptions({"max_ctas": True})
+    with pytest.raises(ValueError, match="min_ctas is 8, more than max_ctas 4"):
+        NcclOptions({"min_ctas": 8, "max_ctas": 4})
+    assert NcclOptions({"min_ctas": 8}).values == {"min_ctas": 8}
+
+
+@pytest.mark.parametrize("kind", [HcclOptions, NcclOptions])
+@pytest.mark.parametrize("given", ["hccl_buffer_size=200", [], ["max_ctas"], 0])
+def test_options_are_an_object(kind: type[HcclOptions | NcclOptions], given: object) -> None:
+    with pytest.raises(ValueError, match=r"ccl_options is .*, expected an object of options and values"):
+        kind(given)  # type: ignore[arg-type]
+
+
+def test_a_group_of_hccl_has_our_options_and_our_watchdog_s_time_out() -> None:
+    """By default that would be torch_npu's own, which may come before ours."""
+    groups = SimpleNamespace(ProcessGroupHCCL=SimpleNamespace(Options=SimpleNamespace))
+    torch_npu = SimpleNamespace(_C=SimpleNamespace(_distributed_c10d=groups))
+    options = HcclOptions({"hccl_buffer_size": 77})
+    given = options.to_process_group(torch_npu, timedelta(hours=1))  # type: ignore[arg-type]
+    assert vars(given) == {"hccl_config": {"hccl_buffer_size": 77}, "_timeout": timedelta(hours=1)}
+
+
+def test_an_abort_reaches_the_library() -> None:
+    for kind in (CoalescingGroup, HcclGroup):
+        library = Library()
+        kind(library).abort()  # type: ignore[arg-type]
+        assert library.calls == [("abort",)]

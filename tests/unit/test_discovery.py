@@ -155,6 +155,12 @@ def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path
         "class E(Exception):\n    __str__ = None\nraise E()",
         mute="vendor_mute:Toy",
     )
+    install(
+        tmp_path,
+        "vendor_lazy",
+        TOY + "        device_type = type('Lazy', (), {'__get__': lambda *given: 1 / 0})()\n",
+        lazy="vendor_lazy:Toy",
+    )
     for name, answer in ANSWERS.items():
         source = TOY + f"        availability = classmethod(lambda cls: {answer})\n"
         install(tmp_path, f"vendor_{name}", source, **{name: f"vendor_{name}:Toy"})
@@ -183,6 +189,7 @@ def test_each_faulty_backend_is_reported_in_one_line_and_hides_no_other(tmp_path
         "lost": "availability() fails: ZeroDivisionError",
         "stops": "fails to import: Stop: at import",
         "mute": "fails to import: E: (its message cannot be had: TypeError)",
+        "lazy": "cannot be looked at: ZeroDivisionError",
         "none": "availability() fails: TypeError: expected an Availability, got None",
         "list": "expected versions to be a mapping, got ['3.1']",
         "unsure": "expected usable to be True or False, got 'yes'",

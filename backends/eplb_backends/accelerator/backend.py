@@ -60,6 +60,8 @@ class AcceleratorBackend(GlooBackend):
     ) -> None:
         self.transport = choose_transport(self.name, transport, device_collective=self.device_collective)
         super().__init__(streams)
+        if type(pinned_bytes) is not int or pinned_bytes < 1:
+            raise ValueError(f"{self.name}: pinned_bytes is {pinned_bytes!r}, expected an integer from 1")
         self._pinned_bytes = pinned_bytes
         self._transfer: HostTransfer | None = None
         self._rooms: list[torch.Tensor] = []

@@ -48,6 +48,12 @@ def on_background_thread() -> str:
     return "'host', 'nixl'" if nixl_library.is_installed() else "'host'"
 
 
+def check_is_mapping(option: str, given: object) -> None:
+    """Raise `ValueError` for what is not an object of a group's options and their values."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{option} is {given!r}, expected an object of options and values")
+
+
 def check_has_effect(name: str, library: str, options: Mapping[str, object], transport: str) -> None:
     """Raise `ValueError` for options of a group of `library` that `transport` does not make."""
     if options and transport != "collective":

@@ -58,7 +58,7 @@ class AscendBackend(AcceleratorBackend):
         hccl_options: Mapping[str, object] | None = None,
         routing: str = "torch",
     ) -> None:
-        self._hccl_options = HcclOptions(hccl_options or {})
+        self._hccl_options = HcclOptions({} if hccl_options is None else hccl_options)
         if routing not in ROUTINGS:
             raise ValueError(f"ascend: no routing {routing!r}; there are {', '.join(ROUTINGS)}")
         super().__init__(streams, transport=transport, pinned_bytes=pinned_bytes)

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Final, TypeAlias
 
+from eplb_backends.accelerator.transports import check_is_mapping
+
 Value: TypeAlias = "int | str"
 
 
@@ -69,6 +71,7 @@ class HcclOptions:
     """Checked options of one group. Raises `ValueError` with every fault, one clause each."""
 
     def __init__(self, options: Mapping[str, object]) -> None:
+        check_is_mapping("hccl_options", options)
         faults = [fault for name, value in options.items() if (fault := _fault(name, value)) is not None]
         if faults:
             raise ValueError(f"HCCL options: {'; '.join(faults)}")

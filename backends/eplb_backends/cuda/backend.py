@@ -44,7 +44,7 @@ class CudaBackend(AcceleratorBackend):
         pinned_bytes: int = PINNED_BYTES,
         nccl_options: Mapping[str, object] | None = None,
     ) -> None:
-        self._nccl_options = NcclOptions(nccl_options or {})
+        self._nccl_options = NcclOptions({} if nccl_options is None else nccl_options)
         super().__init__(streams, transport=transport, pinned_bytes=pinned_bytes)
         check_has_effect("cuda", "NCCL", self._nccl_options.values, self.transport)
         if self.transport == "collective":

@@ -1,7 +1,7 @@
 """Runs Python with the vendor's torch_npu over the stub of CANN.
 
 python tests/ascend/cann_stub/run.py -m pytest -q tests/ascend/over_stub
-python tests/ascend/cann_stub/run.py -m eplb_platform.cli demo --backend ascend
+python tests/ascend/cann_stub/run.py -m eplb_platform.cli demo --backend ascend --ranks 2 --quick
 
 Builds the stub where it is not built yet, in the environment that `ci/ascend_environment.py` has made. Where
 there is none, or no compiler, this says so and ends with 0.

@@ -137,6 +137,7 @@ NZ_CHECKS = (
     Mutation(NZ, "check_parameter", "if len(kinds) > 1:", "if False:", REFUSALS),
     Mutation(NZ, "check_parameter", "check_whole(expert)", "pass", REFUSALS),
     Mutation(NZ, "check_same_format", _SAME, _SAME.replace("formats[0] != formats[1] or ", ""), REFUSALS),
+    Mutation(NZ, "check_same_format", _SAME, _SAME.replace(" or is_internal(source)", ""), REFUSALS),
     Mutation(NZ, "check_same_format", _SAME, _SAME.replace(" or sizes[0] != sizes[1]", ""), REFUSALS),
     Mutation(NZ, "split_stacked", "check_whole(parameter)", "pass", REFUSALS),
     Mutation(

@@ -78,6 +78,7 @@ def _formats(backend: AscendBackend) -> Iterator[Attempt]:
     yield "plain and NZ are mixed", "experts of one", lambda: backend.allocate_staging([weight, plain], 1)
     yield "plain goes into NZ", "ACL format", lambda: backend.swap_in([weight], [0], [plain], [0])
     yield "as much plain goes into NZ", "ACL format", lambda: backend.swap_in([weight], [0], [same_size], [0])
+    yield "NZ goes into plain", "ACL format", lambda: backend.swap_in([plain], [0], [weight], [0])
     yield "more goes into NZ", "stored elements", lambda: backend.swap_in([weight], [0], [larger], [0])
     stack = to_nz(torch.zeros(2, 30, 50, dtype=torch.float16))
     octets = backend.layout.to_fill(weight)
