@@ -20,6 +20,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from math import prod
@@ -34,7 +35,14 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from eplb_platform.records import partial_trace, strict_json
 from eplb_platform.records.atomic import write_record
 from eplb_platform.records.fault import Fault, RecordError, describe, file_size, shown
-from eplb_platform.records.partial_trace import COUNT_DTYPES, MAX_HEADER_BYTES, MAX_ROW_AXIS, RowForm
+from eplb_platform.records.partial_trace import (
+    COUNT_DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_ROW_AXIS,
+    MAX_ROW_COUNTS,
+    RowForm,
+    is_row_shape,
+)
 
 FORMAT_VERSION = "1"
 NUM_PHASES = 3
@@ -201,7 +209,7 @@ class LoadTraceWriter:
             try:
                 if self._published_steps < self.num_steps:
                     self._publish()
-                self._partial.unlink(missing_ok=True)
+                _remove(self._partial, self._spool)
             finally:
                 with self._appending:
                     os.close(self._spool)
@@ -219,9 +227,10 @@ class LoadTraceWriter:
         self.close()
 
     def _check_form(self) -> None:
-        if not all(0 < n <= MAX_ROW_AXIS for n in self._form.shape):
+        if not is_row_shape(self._form.shape):
             raise ValueError(
-                f"[layers, logical] is {list(self._form.shape)}, expected 1 to {MAX_ROW_AXIS} of each"
+                f"[layers, logical] is {list(self._form.shape)}, expected 1 to {MAX_ROW_AXIS} of each and "
+                f"{MAX_ROW_COUNTS} counts at most"
             )
         for key, value in self._form.metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
@@ -332,6 +341,13 @@ def _open_locked(path: Path) -> int:
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
+def _remove(path: Path, descriptor: int) -> None:
+    """Remove the open file, unless it was moved away: another writer's may be at `path` then."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            path.unlink()
+
+
 def _put_aside(partial: Path) -> Path | None:
     """Make room for a new file at `partial`. Where the file there is now; None where it was removed."""
     kept = _name_to_keep(partial)
@@ -438,7 +454,7 @@ def _layout(path: _Path, header: strict_json.Object, name: str, data_start: int,
         given = shown(entry.get("dtype"))
         raise RecordError(path, Fault(f"{name}.dtype", f"{given}, expected {' or '.join(dtypes)}"))
     shape, offsets = _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
-    if shape is None or len(shape) != num_dimensions or not all(0 < n <= MAX_ROW_AXIS for n in shape[1:]):
+    if shape is None or len(shape) != num_dimensions or not is_row_shape(shape[1:]):
         axes = "[steps]" if name == "phase" else "[steps, layers, logical]"
         raise RecordError(path, Fault(f"{name}.shape", f"{shown(entry.get('shape'))}, expected {axes}"))
     dtype = _DTYPE_OF_NAME[str(entry["dtype"])]

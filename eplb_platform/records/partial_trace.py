@@ -18,7 +18,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,6 +36,8 @@ FORMAT_VERSION = "1"
 MAX_HEADER_BYTES = 1 << 20
 # Layers or experts: far above any model, and far below what overflows NumPy's sizes.
 MAX_ROW_AXIS = 1 << 20
+# Of a step: more than a thousand layers of ten thousand experts, and little enough to add steps up.
+MAX_ROW_COUNTS = 1 << 24
 COUNT_DTYPES: dict[str, np.dtype[np.integer]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 _TRAILER = struct.Struct("<B3xI")
@@ -116,6 +118,11 @@ class State:
     num_rows: int
     num_steps: int
     at_work: bool
+
+
+def is_row_shape(shape: Sequence[int]) -> bool:
+    """Whether a step of [layers, logical] counts may be this large."""
+    return all(0 < n <= MAX_ROW_AXIS for n in shape) and prod(shape) <= MAX_ROW_COUNTS
 
 
 def beside(path: _Path) -> Path:
@@ -255,7 +262,8 @@ def _parsed(path: _Path, header: object) -> RowForm:
     if (
         not isinstance(shape, list)
         or len(shape) != 2
-        or not all(type(n) is int and 0 < n <= MAX_ROW_AXIS for n in shape)
+        or not all(type(n) is int for n in shape)
+        or not is_row_shape(shape)
     ):
         raise RecordError(path, Fault("header.shape", f"{shown(shape)}, expected [layers, logical]"))
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

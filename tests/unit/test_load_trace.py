@@ -202,6 +202,7 @@ def test_counts_above_int32_fit_into_int64(path: Path) -> None:
 def test_writers_of_nothing_are_refused(path: Path) -> None:
     for options, message in (
         ({"num_layers": 0, "num_logical_experts": 5}, r"\[layers, logical\] is \[0, 5\]"),
+        ({"num_layers": 2**13, "num_logical_experts": 2**12}, r"and 16777216 counts at most"),
         (
             {"num_layers": 1, "num_logical_experts": 5, "dtype": np.float32},
             "dtype is float32, expected int32",
@@ -275,6 +276,10 @@ def test_the_smallest_trace_is_read(path: Path) -> None:
         (
             raw(tensors(expert_load={"dtype": "I64", "shape": [0, 2**70, 1], "data_offsets": [0, 0]})),
             "expert_load.shape: [0, ",
+        ),
+        (
+            raw(tensors(expert_load={"dtype": "I64", "shape": [0, 2**20, 2**20], "data_offsets": [0, 0]})),
+            "expert_load.shape: [0, 1048576, 1048576]",
         ),
         (
             raw(
