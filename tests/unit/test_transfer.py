@@ -123,6 +123,29 @@ def test_any_order_that_the_marks_allow_is_right(seed: int) -> None:
     assert (migrator.experts_copied, migrator.experts_received, migrator.bytes_received) == (4 * 5, 0, 0)
 
 
+@pytest.mark.parametrize("are_others", [False, True])
+def test_weights_that_are_loaded_anew_are_not_fetched_before(are_others: bool) -> None:
+    """The transfer stream goes on as soon as it can: the loading is late on the forward stream."""
+    before, after = (ExpertMap([row], 3, Topology(1)) for row in ([0, 1, 2], [1, 2, 0]))
+    streams = QueuedStreams()
+    backend = QueuedBackend(streams)
+    weights = [[torch.zeros(3, 5)]]
+    staging = Staging(backend, weights, max_bytes=None, layers_per_chunk=1)
+    migrator = Migrator(backend, weights, staging, rank=0)
+    if are_others:
+        weights = [[torch.zeros(3, 5)]]
+    streams.copy(weights[0][0], torch.arange(3.0)[:, None].expand(3, 5))
+    if are_others:
+        migrator.follow(weights)
+    else:
+        migrator.note_weights()
+    [chunk] = build_schedule(before, after, layers_per_chunk=1, staging_slots=staging.slots).chunks
+    migrator.fetch(chunk)
+    migrator.swap(chunk)
+    streams.drain(max)
+    assert weights[0][0][:, 0].tolist() == [1.0, 2.0, 0.0]
+
+
 class StuckStreams(SerialStreams):
     """A device that has stopped."""
 
