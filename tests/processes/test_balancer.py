@@ -53,6 +53,7 @@ def test_dynamic_balancing_raises_balancedness_and_serves_every_token_right(rank
 def test_experts_follow_the_traffic_as_its_kind_changes(ranks: RankPool) -> None:
     results = ranks.run(serve, replace(LONG, until={"cycles": 3, **MOVED}))
     check_served_right(results)
+    assert all(result.stats["cycles"] >= 3 and result.stats["commits"] >= NUM_LAYERS for result in results)
     assert results[0].stats["failed_cycles"] == 0, results[0].stats["last_error"]
 
 
