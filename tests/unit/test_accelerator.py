@@ -104,6 +104,15 @@ def test_a_folder_that_is_called_nixl_is_not_the_library(
 def test_an_unknown_way_for_weights_is_refused_with_the_nearest_that_is_known() -> None:
     with pytest.raises(ValueError, match="no transport 'colective', the nearest is 'collective'; there are"):
         CudaBackend(transport="colective")
+    for wrong in (None, 3, ["host"]):
+        with pytest.raises(ValueError, match=r"no transport .*; there are auto, host"):
+            CudaBackend(transport=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["64MB", True, 0, -1, 1e6])
+def test_pinned_bytes_are_a_number_of_bytes(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"cuda: pinned_bytes is .*, expected an integer from 1"):
+        CudaBackend(SerialStreams(), pinned_bytes=wrong)  # type: ignore[arg-type]
 
 
 # --- torch's streams, over a module that notes what is asked of it ---

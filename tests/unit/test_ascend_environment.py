@@ -183,6 +183,13 @@ def test_npus_are_counted_with_auto_load_on_and_off(machine: Machine, autoload: 
     assert report["versions"] == {"torch": torch.__version__, "torch_npu": RELEASE, "cann": "9.1.0"}
 
 
+def test_a_library_that_ends_the_process_when_devices_are_counted(machine: Machine) -> None:
+    machine.install_hccl()
+    machine.install_torch_npu(GOOD.replace("lambda: 0", "lambda: sys.exit('no driver')"))
+    reports = machine.discover()
+    only_ascend_is_affected(reports, "torch_npu cannot count the devices: SystemExit: no driver")
+
+
 # --- CANN ---
 
 

@@ -26,8 +26,8 @@ def choose_transport(name: str, transport: str, *, device_collective: str | None
     """
     if transport == AUTO:
         return AUTO if nixl_library.is_installed() else "host"
-    if transport not in TRANSPORTS:
-        nearest = get_close_matches(transport, [*TRANSPORTS, AUTO], n=1, cutoff=0.0)[0]
+    if not isinstance(transport, str) or transport not in TRANSPORTS:
+        nearest = get_close_matches(str(transport), [*TRANSPORTS, AUTO], n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{name}: no transport {transport!r}, the nearest is {nearest!r}; there are "
             f"{', '.join([AUTO, *TRANSPORTS])}"

@@ -51,7 +51,7 @@ def count_devices() -> int:
     module = torch_npu()
     try:
         count = int(module.npu.device_count())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Unavailable(f"torch_npu cannot count the devices: {_one_line(error)}") from error
     if count == 0:
         raise Unavailable("torch_npu sees no NPU: check npu-smi info and ASCEND_RT_VISIBLE_DEVICES")
