@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore, Store
 
 from eplb_backends.accelerator.coalescing_group import CoalescingGroup
 from eplb_backends.ascend.hccl_group import HcclGroup
 from eplb_backends.ascend.hccl_options import HcclOptions
+from eplb_backends.cuda import nccl_group
 from eplb_backends.cuda.nccl_options import NcclOptions
 from eplb_platform.backend import Message
 
@@ -114,6 +116,30 @@ def test_a_group_of_hccl_has_our_options_and_our_watchdog_s_time_out() -> None:
     options = HcclOptions({"hccl_buffer_size": 77})
     given = options.to_process_group(torch_npu, timedelta(hours=1))  # type: ignore[arg-type]
     assert vars(given) == {"hccl_config": {"hccl_buffer_size": 77}, "_timeout": timedelta(hours=1)}
+
+
+class Nccl:
+    """What torch makes a group of, where it was built with NCCL."""
+
+    def __init__(self, store: Store, rank: int, num_ranks: int, options: SimpleNamespace) -> None:
+        self.options = options
+
+    @staticmethod
+    def Options() -> SimpleNamespace:
+        return SimpleNamespace(config=SimpleNamespace())
+
+
+def test_a_group_of_nccl_has_our_options_and_our_watchdog_s_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Nccl, raising=False)
+    options = NcclOptions({"max_ctas": 4, "is_high_priority_stream": True})
+    group = nccl_group.new_group(HashStore(), 0, 2, options, watchdog_timeout=timedelta(hours=1))
+    library = group._library
+    assert isinstance(library, Nccl)
+    assert vars(library.options) == {
+        "config": SimpleNamespace(max_ctas=4),
+        "_timeout": timedelta(hours=1),
+        "is_high_priority_stream": True,
+    }
 
 
 def test_an_abort_reaches_the_library() -> None:
