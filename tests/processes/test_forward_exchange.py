@@ -41,7 +41,8 @@ def test_every_rank_enqueues_the_same_batches_at_the_same_boundaries(ranks: Rank
         assert result.stats["commits"] >= NUM_LAYERS
         assert result.stats["failed_cycles"] == 0, result.stats["last_error"]
         assert result.enqueued == results[0].enqueued
-        assert len(result.enqueued) == result.stats["commits"]
+        # The run may end between the last batch and its commit.
+        assert 0 <= len(result.enqueued) - result.stats["commits"] <= 1
         assert result.groups_opened == 1
 
 
