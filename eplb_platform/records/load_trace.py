@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import mmap
 import os
 import struct
@@ -385,12 +384,11 @@ def _header(dtype_name: str, shape: Sequence[int], metadata: Mapping[str, str]) 
         "expert_load": {"dtype": dtype_name, "shape": list(shape), "data_offsets": [0, load_end]},
         "phase": {"dtype": "U8", "shape": [steps], "data_offsets": [load_end, load_end + steps]},
     }
-    text = json.dumps(header, ensure_ascii=False).encode()
-    # Spaces up to a multiple of 8, so that the counts are aligned in memory.
-    text = text.ljust(-(-len(text) // 8) * 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise ValueError(f"the trace's header has {len(text)} bytes, expected at most {MAX_HEADER_BYTES}")
-    return struct.pack("<Q", len(text)) + text
+    sized = partial_trace.sized_json(header)
+    length = len(sized) - 8
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"the trace's header has {length} bytes, expected at most {MAX_HEADER_BYTES}")
+    return sized
 
 
 def _load_dtype(dtype: DTypeLike) -> str:

@@ -82,10 +82,7 @@ class RowForm:
             "shape": list(self.shape),
             "metadata": dict(self.metadata),
         }
-        text = json.dumps(fields, ensure_ascii=False).encode()
-        # Spaces up to a multiple of 8, so that the counts are aligned in memory.
-        text = text.ljust(-(-len(text) // 8) * 8)
-        return MAGIC + struct.pack("<Q", len(text)) + text
+        return MAGIC + sized_json(fields)
 
     def row(self, load: NDArray[np.integer], phase: int) -> bytes:
         """A step as it stands in the file; load: [layers, logical], contiguous, of this dtype."""
@@ -123,6 +120,15 @@ class State:
 def is_row_shape(shape: Sequence[int]) -> bool:
     """Whether a step of [layers, logical] counts may be this large."""
     return all(0 < n <= MAX_ROW_AXIS for n in shape) and prod(shape) <= MAX_ROW_COUNTS
+
+
+def sized_json(fields: Mapping[str, object]) -> bytes:
+    """Length and text, as safetensors has them too: with spaces up to a multiple of 8, so that the counts
+    behind it are aligned in memory.
+    """
+    text = json.dumps(fields, ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def beside(path: _Path) -> Path:
